@@ -1,0 +1,1 @@
+"""Named data sets, files and user loaders as arrays of examples."""

@@ -1,0 +1,1 @@
+"""Matrix-free linear algebra on plain tensors; knows nothing of networks."""

@@ -1,0 +1,197 @@
+"""Per-example losses: what a model is judged by, inferred from its outputs and targets or given by the user."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from plasticity_probe.errors import SubjectError
+from plasticity_probe.network.examples import Batch
+
+LossFunction = Callable[[nn.Module, Batch], Any]
+Terms = tuple[Tensor, Tensor]
+"""Per example the sum of its loss terms and their number, each of shape (N,)."""
+
+IGNORED = -100
+"""Targets with this value carry no loss, as in torch.nn.functional.cross_entropy."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A per-example loss.
+
+    Args:
+        name: What it is and how it was chosen, as reports print it.
+        of_batch: (model, batch) -> per example the sum of its terms and their number.
+        of_outputs: (outputs, targets) -> the same, where the loss is a function of outputs and targets alone; else None.
+    """
+
+    name: str
+    of_batch: Callable[[nn.Module, Batch], Terms]
+    of_outputs: Callable[[Tensor, Tensor], Terms] | None
+
+
+def outputs_of(model: nn.Module, batch: Batch) -> Tensor:
+    """The model's output tensor: the output itself, its `.logits`, its ["logits"], or the first entry of a tuple or list.
+
+    Raises:
+        SubjectError: None of these is a tensor.
+    """
+    inputs, _ = inputs_and_targets(batch)
+    output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    found = output
+    if hasattr(output, "logits"):
+        found = output.logits
+    elif isinstance(output, Mapping):
+        found = output.get("logits")
+    elif isinstance(output, tuple | list):
+        found = output[0] if output else None
+    if not isinstance(found, Tensor):
+        raise SubjectError(
+            f"expected the model to return a tensor, an object with .logits, a mapping with 'logits' or a tuple of tensors, got "
+            f"{type(output).__name__}. Pass loss=lambda model, batch: ... that returns one loss per example."
+        )
+    return found
+
+
+def inputs_and_targets(batch: Batch) -> tuple[Any, Tensor | None]:
+    """Splits a batch: (x, y) as it stands; a mapping into its entries without "labels" and "labels"; a lone tensor has no targets.
+
+    Raises:
+        SubjectError: The batch has another form, so that only a custom loss can know what is what.
+    """
+    if isinstance(batch, Tensor):
+        return batch, None
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[0], batch[1]
+    if isinstance(batch, tuple | list) and len(batch) == 1:
+        return batch[0], None
+    if isinstance(batch, Mapping):
+        key = next((key for key in ("labels", "label", "targets", "target") if key in batch), None)
+        rest = {name: value for name, value in batch.items() if name != key}
+        return rest, batch[key] if key else None
+    raise SubjectError(
+        f"expected batches (inputs, targets) or mappings with 'labels', got {_form(batch)}. Pass loss=lambda model, batch: ... that returns "
+        "one loss per example."
+    )
+
+
+def custom_loss(function: LossFunction) -> Loss:
+    """A user's loss(model, batch), which returns the losses of the examples, shape (N,), or a pair (sums, counts) of that shape."""
+    if isinstance(function, nn.modules.loss._Loss):
+        raise SubjectError(
+            f"expected loss(model, batch) that returns one loss per example, got the module {type(function).__name__}. Leave loss=None to "
+            "have cross-entropy or squared error inferred, or wrap it: loss=lambda model, batch: "
+            "F.cross_entropy(model(batch[0]), batch[1], reduction='none')."
+        )
+
+    def of_batch(model: nn.Module, batch: Batch) -> Terms:
+        result = function(model, batch)
+        sums, counts = result if isinstance(result, tuple) else (result, None)
+        if not isinstance(sums, Tensor) or sums.ndim != 1:
+            came = f"shape {tuple(sums.shape)}" if isinstance(sums, Tensor) else type(sums).__name__
+            raise SubjectError(
+                f"expected the loss to return one value per example, shape (N,), or a pair (sums, counts), got {came}. Use "
+                "reduction='none' and sum over everything but the examples."
+            )
+        return sums, torch.ones_like(sums) if counts is None else counts.to(sums)
+
+    return Loss(f"{getattr(function, '__name__', type(function).__name__)} (given)", of_batch, None)
+
+
+def infer_loss(model: nn.Module, batch: Batch, examples: Iterable[Batch]) -> Loss:
+    """Cross-entropy for integer targets and class scores, squared error for targets of the outputs' shape.
+
+    Args:
+        model: The network.
+        batch: A few of its examples, to see the shapes of outputs and targets.
+        examples: All batches, whose targets are checked.
+
+    Raises:
+        SubjectError: Targets are missing, out of range, or fit neither; the message says what came and what to do.
+    """
+    with torch.no_grad():
+        outputs = outputs_of(model, batch)
+    _, targets = inputs_and_targets(batch)
+    if targets is None:
+        raise SubjectError(
+            "expected targets beside the inputs, got inputs alone. Let the loader yield (inputs, targets), or pass loss=."
+        )
+    if targets.is_floating_point():
+        return _regression(outputs, targets)
+    classes = _classes(outputs, targets)
+    for each in examples:
+        check_classes(cast(Tensor, inputs_and_targets(each)[1]), classes)
+    return _of_outputs("cross-entropy (inferred)", cross_entropy_terms)
+
+
+def cross_entropy_terms(outputs: Tensor, targets: Tensor) -> Terms:
+    """Per example the summed cross-entropy over its positions (tokens, pixels) and their number; ignored targets count nothing.
+
+    Args:
+        outputs: Scores, (N, C), (N, T, C) for tokens, or (N, C, H, W) for pixels.
+        targets: Classes, (N,), (N, T) or (N, H, W).
+    """
+    scores = outputs.movedim(-1, 1) if outputs.ndim == 3 and outputs.shape[:2] == targets.shape else outputs
+    losses = F.cross_entropy(scores, targets, reduction="none", ignore_index=IGNORED)
+    counted = (targets != IGNORED).to(losses)
+    return losses.reshape(len(losses), -1).sum(1), counted.reshape(len(losses), -1).sum(1)
+
+
+def squared_error_terms(outputs: Tensor, targets: Tensor) -> Terms:
+    """Per example the mean of (output - target)^2 over its outputs, so that the mean over examples is torch's mse_loss."""
+    errors = (outputs.reshape(targets.shape) - targets).square().reshape(len(targets), -1).mean(1)
+    return errors, torch.ones_like(errors)
+
+
+def check_classes(targets: Tensor, classes: int) -> None:
+    """Raises SubjectError where a target lies outside 0..classes-1 and is not ignored."""
+    bad = (targets != IGNORED) & ((targets < 0) | (targets >= classes))
+    if bad.any():
+        found = ", ".join(str(int(value)) for value in targets[bad].unique()[:5])
+        raise SubjectError(
+            f"expected labels from 0 to {classes - 1}, one for each of the model's {classes} outputs, but {int(bad.sum())} of "
+            f"{targets.numel()} lie outside: {found}. Check that the model and the data belong together."
+        )
+
+
+def _classes(outputs: Tensor, targets: Tensor) -> int:
+    tokens = outputs.ndim == 3 and outputs.shape[:2] == targets.shape
+    positions = (
+        outputs.ndim == targets.ndim + 1
+        and outputs.shape[0] == targets.shape[0]
+        and outputs.shape[2:] == targets.shape[1:]
+    )
+    classes = outputs.shape[-1] if tokens else outputs.shape[1] if outputs.ndim > 1 else 1
+    if not (tokens or positions) or classes < 2:
+        raise SubjectError(
+            f"cannot tell the loss: integer targets of shape {tuple(targets.shape)} and outputs of shape {tuple(outputs.shape)} are neither "
+            "class scores (N, C) nor (N, T, C). For binary targets or counts pass loss=lambda model, batch: ... with one loss per example."
+        )
+    return classes
+
+
+def _regression(outputs: Tensor, targets: Tensor) -> Loss:
+    if len(outputs) == len(targets) and outputs.numel() == targets.numel():
+        return _of_outputs("squared error (inferred)", squared_error_terms)
+    hint = "If they are class labels, make them integers: y.long(). " if targets.ndim == 1 else ""
+    raise SubjectError(
+        f"cannot tell the loss: floating-point targets of shape {tuple(targets.shape)} do not match outputs of shape {tuple(outputs.shape)}. "
+        f"{hint}Otherwise pass loss=lambda model, batch: ... with one loss per example."
+    )
+
+
+def _of_outputs(name: str, terms: Callable[[Tensor, Tensor], Terms]) -> Loss:
+    def of_batch(model: nn.Module, batch: Batch) -> Terms:
+        return terms(outputs_of(model, batch), cast(Tensor, inputs_and_targets(batch)[1]))
+
+    return Loss(name, of_batch, terms)
+
+
+def _form(batch: Any) -> str:
+    if isinstance(batch, tuple | list):
+        return f"a {type(batch).__name__} of {len(batch)} entries"
+    return type(batch).__name__

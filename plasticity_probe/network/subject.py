@@ -1,0 +1,383 @@
+"""The subject of a measurement: a private copy of a network in a stated mode, a per-example loss and a fixed set of examples."""
+
+import copy
+import os
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from plasticity_probe.errors import SubjectError
+from plasticity_probe.measurement import Conditions
+from plasticity_probe.network.examples import Batch, Examples, read_examples
+from plasticity_probe.network.losses import Loss, LossFunction, Terms, custom_loss, infer_loss, outputs_of
+
+T = TypeVar("T")
+Mode = Literal["eval", "train"]
+
+LARGEST_CHUNK = 256
+"""Examples per pass at most (our choice: larger chunks gain nothing on CPU and little on GPU)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """What a probe measures. Its model is a private copy: nothing done here reaches the user's.
+
+    Args:
+        model: The network, in `mode`, on its device, in at least float32.
+        loss: The per-example loss.
+        examples: The fixed examples every quantity is measured on.
+        mode: "eval" (running statistics, no dropout) or "train" (batch statistics; dropout must be absent or it is refused).
+        seed: Seed of the run.
+        memory: Bytes that a measurement may use beyond the weights and examples.
+        initial: Weights at initialisation by name, where known.
+        training: Examples the network was trained on, where known.
+        held_out: Examples it never saw, where known.
+        noisy: Marks the examples of `training` whose labels are known to be wrong, where known.
+        memo: Results that several probes share, by key.
+    """
+
+    model: nn.Module
+    loss: Loss
+    examples: Examples
+    mode: Mode = "eval"
+    seed: int = 0
+    memory: int = 2**31
+    initial: Mapping[str, Tensor] | None = None
+    training: Examples | None = None
+    held_out: Examples | None = None
+    noisy: Tensor | None = None
+    memo: dict[Hashable, Any] = field(default_factory=dict)
+
+    @cached_property
+    def parameters(self) -> dict[str, Tensor]:
+        """The trainable floating-point parameters by name, tied ones once; leaves that require gradients.
+
+        Raises:
+            SubjectError: Every parameter is frozen.
+        """
+        found = {
+            name: p.detach().requires_grad_()
+            for name, p in self.model.named_parameters()
+            if p.requires_grad and p.numel()
+        }
+        if not found:
+            raise SubjectError(
+                "expected at least one trainable parameter, but all are frozen (or the model has none). Set requires_grad=True on those "
+                "whose curvature and gradients you ask for."
+            )
+        return found
+
+    @cached_property
+    def size(self) -> int:
+        """Number of trainable parameters."""
+        return sum(parameter.numel() for parameter in self.parameters.values())
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next((tensor.device for tensor in self.model.state_dict().values()), torch.device("cpu"))
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the weights."""
+        return next((t.dtype for t in self.model.state_dict().values() if t.is_floating_point()), torch.float32)
+
+    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Parameter-shaped tensors as one vector of length `size`, in the order of `parameters`."""
+        return torch.cat([tensors[name].reshape(-1) for name in self.parameters])
+
+    def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
+        """A vector of length `size` as parameter-shaped tensors by name."""
+        pieces = vector.split([parameter.numel() for parameter in self.parameters.values()])
+        return {name: piece.view_as(p) for (name, p), piece in zip(self.parameters.items(), pieces, strict=True)}
+
+    def losses(self, parameters: Mapping[str, Tensor], batch: Batch) -> Terms:
+        """Per example of a batch the sum of its loss terms and their number, each (N,), as a function of the parameters.
+
+        Args:
+            parameters: Values for the trainable parameters by name.
+            batch: A batch on the subject's device.
+        """
+        return self._call(parameters, batch, self.loss.of_batch)
+
+    def outputs(self, parameters: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """The model's output tensor for a batch, as a function of the parameters."""
+        return self._call(parameters, batch, outputs_of)
+
+    def chunks(self, size: int | None = None) -> Iterable[Batch]:
+        """The examples in chunks that fit the memory; all at once in train mode, where BatchNorm couples them."""
+        return self.examples.chunks(len(self.examples) if self.mode == "train" else size or self.chunk)
+
+    @cached_property
+    def chunk(self) -> int:
+        """Examples per pass so that a kept second-order graph, about four times the first-order one, fits half the memory."""
+        fits = self.memory // (8 * self.activation_bytes)
+        return int(min(LARGEST_CHUNK, max(1, fits)))
+
+    @cached_property
+    def activation_bytes(self) -> int:
+        """Bytes that autograd keeps for one example's forward pass, measured by running one."""
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            kept[tensor.data_ptr()] = min(tensor.untyped_storage().nbytes(), tensor.numel() * tensor.element_size())
+            return tensor
+
+        weights = {parameter.data_ptr() for parameter in self.model.parameters()}
+        first = next(iter(self.examples.chunks(1)))
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            sums, _ = self.losses(self.parameters, first)
+        total = sum(size for pointer, size in kept.items() if pointer not in weights)
+        return max(1, total // len(sums))
+
+    @cached_property
+    def terms(self) -> float:
+        """Number of loss terms in the examples: their count, or in a language model the number of tokens with a loss."""
+        return float(self.each_loss()[1].sum())
+
+    @cached_property
+    def mean_loss(self) -> float:
+        """The mean loss: the sum of all terms over their number."""
+        sums, counts = self.each_loss()
+        return float(sums.sum() / counts.sum())
+
+    def each_loss(self) -> Terms:
+        """Per example the sum of its terms and their number, float64 on the CPU, by one forward pass that is remembered."""
+        return self.once("losses", self._each_loss)
+
+    def once(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """A result that several probes share, computed at the first call for these examples."""
+        if key not in self.memo:
+            self.memo[key] = compute()
+        return self.memo[key]
+
+    def take(self, count: int | None) -> "Subject":
+        """The same subject on its first `count` examples."""
+        return self if count is None or count >= len(self.examples) else self.on(self.examples.take(count))
+
+    def on(self, examples: Examples) -> "Subject":
+        """The same network and loss on other examples; what probes share there is remembered too."""
+        placed = examples.handed_out_as(self.dtype, self.device)
+        return replace(self, examples=placed, memo=self.once(("on", examples.sha256), dict))
+
+    def conditions(self) -> Conditions:
+        """The conditions that a measurement of this subject carries."""
+        trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        dtype, device = str(self.dtype).removeprefix("torch."), str(self.device)
+        return Conditions(len(self.examples), trainable, self.loss.name, self.mode, dtype, device, self.seed)
+
+    def _call(self, parameters: Mapping[str, Tensor], batch: Batch, function: Callable[[nn.Module, Batch], T]) -> T:
+        values = {f"model.{name}": value for name, value in parameters.items()}
+        values |= {f"model.{name}": buffer.clone() for name, buffer in self.model.named_buffers()}
+        return functional_call(_Applied(self.model, function), values, (batch,))
+
+    def _each_loss(self) -> Terms:
+        with torch.no_grad():
+            parts = [self.losses(self.parameters_or_none, batch) for batch in self.chunks()]
+        return torch.cat([s for s, _ in parts]).double().cpu(), torch.cat([c for _, c in parts]).double().cpu()
+
+    @property
+    def parameters_or_none(self) -> dict[str, Tensor]:
+        """The trainable parameters, or an empty mapping where all are frozen: enough to run the network forward."""
+        return self.parameters if any(p.requires_grad for p in self.model.parameters()) else {}
+
+
+def subject(
+    model: nn.Module,
+    data: Iterable[Batch] | Examples,
+    *,
+    loss: LossFunction | None = None,
+    examples: int | None = None,
+    mode: Mode = "eval",
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+    memory: int | None = None,
+    initial: Mapping[str, Tensor] | None = None,
+    training: Iterable[Batch] | Examples | None = None,
+    held_out: Iterable[Batch] | Examples | None = None,
+    noisy: Tensor | None = None,
+) -> Subject:
+    """Puts a model, a loss and data together, on a private copy of the model, and checks that they repeat themselves.
+
+    Args:
+        model: Any module; compiled, DataParallel and DDP wrappers are taken off the copy.
+        data: Any iterable of batches, or examples already read.
+        loss: loss(model, batch) -> losses of the examples, shape (N,), or (sums, counts) of that shape; None infers cross-entropy or squared
+            error from outputs and targets.
+        examples: Read no more than this many examples.
+        mode: "eval" by default, stated in every result.
+        dtype: Type to compute in; by default the model's own, but at least float32.
+        device: Where to compute; by default where the model is.
+        seed: Seed of all random draws.
+        memory: Bytes a measurement may use; by default half of what is free.
+        initial: Weights at initialisation by name.
+        training: Examples the network was trained on.
+        held_out: Examples it never saw.
+        noisy: Booleans, one per example of `training` (or of `data`): True where the label is known to be wrong.
+
+    Raises:
+        SubjectError: Model, loss and data do not go together, or two passes over the same examples differ.
+        DataError: The loader is empty.
+    """
+    network = private_copy(model, mode, dtype, device)
+    held = data if isinstance(data, Examples) else read_examples(data, examples)
+    shell = Subject(network, _NO_LOSS, held)
+    placed = held.take(examples).handed_out_as(shell.dtype, shell.device)
+    first = next(iter(placed.chunks(8)))
+    made = replace(
+        shell,
+        loss=custom_loss(loss) if loss else infer_loss(network, first, placed.chunks(LARGEST_CHUNK)),
+        examples=placed,
+        mode=mode,
+        seed=seed,
+        memory=memory or free_memory(shell.device) // 2,
+        initial=initial,
+        training=_read(training, examples),
+        held_out=_read(held_out, examples),
+        noisy=noisy,
+    )
+    check_repeats(made)
+    return made
+
+
+def private_copy(
+    model: nn.Module, mode: Mode = "eval", dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> nn.Module:
+    """A deep copy without compiled or distributed wrappers, in the asked mode, in at least float32, on the asked device.
+
+    Raises:
+        SubjectError: The model has parameters that are not initialised yet (lazy modules).
+    """
+    bare = _unwrapped(model)
+    lazy = [name for name, p in bare.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
+    if lazy:
+        raise SubjectError(
+            f"expected initialised parameters, but {', '.join(lazy[:5])} are lazy. Run one batch through the model first."
+        )
+    # Modules that compute a weight in a hook keep a non-leaf tensor, which deepcopy refuses; a detached stand-in is replaced at the next call.
+    memo: dict[int, Any] = {
+        id(value): value.detach().clone()
+        for module in bare.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    copied = copy.deepcopy(bare, memo)
+    for parent in list(copied.modules()):
+        parent.__dict__.pop("_compiled_call_impl", None)
+        for name, child in list(parent.named_children()):
+            setattr(parent, name, _unwrapped(child))
+    for parameter in copied.parameters():
+        parameter.grad = None
+    copied.train(mode == "train")
+    target = dtype or max(
+        (p.dtype for p in copied.parameters() if p.is_floating_point()), key=_precision, default=torch.float32
+    )
+    return copied.to(device=device, dtype=target if _precision(target) >= 32 else torch.float32)
+
+
+def check_repeats(subject: Subject, examples: int = 32) -> None:
+    """Refuses a subject whose loss or gradient differs between two passes over the same few examples.
+
+    Args:
+        subject: The subject to check.
+        examples: How many examples to try (our choice: enough for dropout and noise to show, too few to cost anything).
+
+    Raises:
+        SubjectError: The passes differ, or the loss does not depend on the model's parameters; the message names the likely cause.
+    """
+    few = subject if subject.mode == "train" else subject.take(examples)
+    first, second = (_loss_and_gradients(few) for _ in range(2))
+    if first is None or second is None:
+        return
+    if all(gradient is None for gradient in first[1:]):
+        raise SubjectError(
+            "expected a loss that depends on the model's trainable parameters, but its gradient is missing for all of them. A custom loss must "
+            "call the model it is given (loss(model, batch)), not another one, and must not detach its output."
+        )
+    repeats = all(_close(a, b) for a, b in zip(first, second, strict=True))
+    if not repeats:
+        raise SubjectError(
+            f"two passes over the same examples give different losses or gradients{_likely_cause(subject.model)}. Measure in eval mode, or "
+            "make the model deterministic."
+        )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes free on a device; for the CPU what the operating system calls available."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if "SC_AVPHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 8 * 1024**3
+
+
+class _Applied(nn.Module):
+    """A function of a model and a batch as a module, so that its parameters can be replaced for one call."""
+
+    def __init__(self, model: nn.Module, function: Callable[[nn.Module, Batch], Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.function = function
+        self.training = model.training
+
+    def forward(self, batch: Batch) -> Any:
+        return self.function(self.model, batch)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # type: ignore[assignment]
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def _precision(dtype: torch.dtype) -> int:
+    return torch.finfo(dtype).bits
+
+
+def _read(data: Iterable[Batch] | Examples | None, limit: int | None) -> Examples | None:
+    return data if data is None or isinstance(data, Examples) else read_examples(data, limit)
+
+
+def _loss_and_gradients(subject: Subject) -> list[Tensor | None] | None:
+    parameters = subject.parameters_or_none
+    batch = next(iter(subject.chunks(len(subject.examples))))
+    sums, _ = subject.losses(parameters, batch)
+    if not torch.isfinite(sums).all():
+        return None
+    if not parameters or not sums.requires_grad:
+        return [sums.detach(), *([None] if parameters else [])]
+    return [sums.detach(), *torch.autograd.grad(sums.sum(), list(parameters.values()), allow_unused=True)]
+
+
+def _close(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return bool((a - b).norm() <= 1e-3 * max(a.norm(), b.norm()))
+
+
+def _likely_cause(model: nn.Module) -> str:
+    dropout = [
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0
+    ]
+    if dropout:
+        return f": dropout is active in train mode ({', '.join(dropout[:3])})"
+    return ", so the model draws random numbers or keeps state between calls"
+
+
+def _no_loss(*_: object) -> Terms:
+    raise SubjectError("no loss was chosen yet")
+
+
+_NO_LOSS = Loss("none", _no_loss, None)

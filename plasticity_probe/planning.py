@@ -1,0 +1,180 @@
+"""What an analysis would cost, before anything is measured: passes, products, memory and, from one timed pass, minutes."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from plasticity_probe.errors import BudgetError, PlanError
+from plasticity_probe.measurement import Measurement
+from plasticity_probe.network.curvature import hessian
+from plasticity_probe.network.isolation import isolated
+from plasticity_probe.network.subject import Subject
+from plasticity_probe.probe import Cost, Need, Probe
+from plasticity_probe.study import Probes, Study
+
+TIMED_EXAMPLES = 16
+"""Examples of the timed pass (our choice: a second or less for common networks, enough to fill two cores)."""
+
+
+@dataclass(frozen=True)
+class PlanLine:
+    """The cost of one probe on one network.
+
+    Args:
+        label: The probe's label.
+        cost: Its cost in examples, products and vectors.
+        seconds: Predicted wall time.
+        bytes: Predicted memory beyond weights and examples.
+    """
+
+    label: str
+    cost: Cost
+    seconds: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an analysis would do and cost.
+
+    Args:
+        description: Where the examples come from.
+        networks: Number of checkpoints.
+        fresh: Number of fresh networks beside.
+        parameters: Number of trainable parameters.
+        lines: The cost of each probe on one network.
+        memory: Bytes that a measurement may use.
+    """
+
+    description: str
+    networks: int
+    fresh: int
+    parameters: int
+    lines: tuple[PlanLine, ...]
+    memory: int
+
+    @property
+    def seconds(self) -> float:
+        """Predicted wall time of the whole analysis."""
+        return (self.networks + self.fresh) * sum(line.seconds for line in self.lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings."""
+        lines = [
+            {"label": line.label, **vars(line.cost), "seconds": line.seconds, "predicted_bytes": line.bytes}
+            for line in self.lines
+        ]
+        return {
+            "data": self.description,
+            "networks": self.networks,
+            "fresh": self.fresh,
+            "parameters": self.parameters,
+            "memory": self.memory,
+            "seconds": self.seconds,
+            "probes": lines,
+        }
+
+
+def plan(study: Study) -> Plan:
+    """Predicts the cost of a study from its first network; no quantity is measured and nothing is stored.
+
+    Args:
+        study: The study.
+    """
+    network = next(study.networks())()
+    with isolated():
+        made = study.subject(network.model)
+        check(study.probes, made)
+        rates = _rates(made)
+        lines = tuple(_line(label, probe, made, rates) for label, probe in study.probes.items())
+    parameters = made.conditions().parameters
+    return Plan(study.material.description, study.size, study.fresh, parameters, lines, made.memory)
+
+
+def check(probes: Probes, subject: Subject) -> None:
+    """Finds what would make probes fail on a subject, all problems at once, before hours of work.
+
+    Args:
+        probes: Probes by label.
+        subject: The first subject of the study.
+
+    Raises:
+        PlanError: A probe needs a trainable parameter and all are frozen.
+        BudgetError: A probe needs more memory than is allowed.
+    """
+    frozen = not any(p.requires_grad for p in subject.model.parameters())
+    needing = [label for label, probe in probes.items() if Need.GRADIENTS in probe.needs]
+    if frozen and needing:
+        raise PlanError(
+            [
+                f"all parameters of the network are frozen, but {', '.join(needing)} need gradients. Set requires_grad=True, or choose other "
+                "probes (--probes)."
+            ]
+        )
+    too_large = [
+        f"{label} needs about {_gigabytes(memory_of(probe, subject))}, but {_gigabytes(subject.memory)} are allowed"
+        for label, probe in probes.items()
+        if memory_of(probe, subject) > subject.memory
+    ]
+    if too_large:
+        raise BudgetError(
+            "; ".join(too_large)
+            + ". Allow more with --memory, ask the probe for fewer examples, or leave it out (--probes)."
+        )
+
+
+def memory_of(probe: Probe[Measurement], subject: Subject) -> int:
+    """Bytes that a probe needs beyond weights and examples: its vectors, its own arrays, and the activations of a chunk."""
+    if probe.needs is Need.WEIGHTS:
+        return probe.cost(subject).bytes
+    cost = probe.cost(subject)
+    vectors = cost.vectors * subject.size * subject.dtype.itemsize if cost.vectors else 0
+    return vectors + cost.bytes + subject.chunk * subject.activation_bytes
+
+
+def _line(label: str, probe: Probe[Measurement], subject: Subject, rates: "_Rates") -> PlanLine:
+    cost = probe.cost(subject)
+    seconds = cost.forwards * rates.forward + cost.gradients * rates.gradient + cost.products * rates.product
+    return PlanLine(label, cost, seconds, memory_of(probe, subject))
+
+
+@dataclass(frozen=True)
+class _Rates:
+    """Seconds for one example: run forward, forward and backward, and one curvature-vector product."""
+
+    forward: float
+    gradient: float
+    product: float
+
+
+def _rates(subject: Subject) -> _Rates:
+    few = subject.take(TIMED_EXAMPLES)
+    parameters = few.parameters_or_none
+    batch = next(iter(few.chunks(len(few.examples))))
+    with torch.no_grad():
+        forward = _seconds(lambda: few.losses(parameters, batch))
+    if not parameters:
+        return _Rates(forward / len(few.examples), 0.0, 0.0)
+    leaves = list(parameters.values())
+    gradient = _seconds(lambda: torch.autograd.grad(few.losses(parameters, batch)[0].sum(), leaves, allow_unused=True))
+    operator, direction = hessian(few), torch.ones(few.size, dtype=few.dtype, device=few.device)
+    product = _seconds(lambda: operator @ direction)
+    return _Rates(*(seconds / len(few.examples) for seconds in (forward, gradient, product)))
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

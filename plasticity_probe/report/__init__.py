@@ -1,0 +1,1 @@
+"""Figures of traces: what to draw, as data, and the drawing."""

@@ -1,0 +1,397 @@
+"""What is to be measured: checkpoints, data and probes, resolved and checked before any work is done."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plasticity_probe import registry
+from plasticity_probe.checkpoints.architectures import (
+    Architecture,
+    architecture_named,
+    identify,
+    load_network,
+    named_architectures,
+)
+from plasticity_probe.checkpoints.formats import CheckpointFile, read_checkpoint
+from plasticity_probe.checkpoints.series import find_checkpoints, standing
+from plasticity_probe.data.dataset import DataSet, Split, UserLoader
+from plasticity_probe.data.factories import as_data
+from plasticity_probe.data.sources import NAMED, load_data
+from plasticity_probe.errors import DataError, PlanError, UnknownNameError, UsageError
+from plasticity_probe.measurement import Measurement
+from plasticity_probe.network.examples import Examples, keep, read_examples
+from plasticity_probe.network.fresh import fresh_network, reinitialised, settle_batchnorm
+from plasticity_probe.network.isolation import isolated
+from plasticity_probe.network.subject import Subject, subject
+from plasticity_probe.probe import Need, Probe
+from plasticity_probe.record import Checkpoint
+from plasticity_probe.references import is_reference, resolve
+
+Model = nn.Module | str | Path | Sequence[str | Path]
+Probes = Mapping[str, Probe[Measurement]]
+
+EXAMPLES = 10_000
+"""Examples read at most (our choice: the size of the usual test sets). Each probe says on how many of them it measures."""
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """The examples of a study.
+
+    Args:
+        examples: What every probe measures on, in a random order fixed by the seed.
+        training: Examples the network was trained on, where known.
+        held_out: Examples it never saw, where known.
+        noisy: Marks those of `training` whose label is known to be wrong.
+        description: Where the examples come from and what was done to them.
+    """
+
+    examples: Examples
+    training: Examples | None
+    held_out: Examples | None
+    noisy: Tensor | None
+    description: str
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A network that is to be measured.
+
+    Args:
+        checkpoint: Where it stands.
+        model: The network with its weights.
+        build: Makes a freshly initialised one of the same architecture; None where that is unknown.
+        notes: What was identified, loaded, missing and unexpected.
+    """
+
+    checkpoint: Checkpoint
+    model: nn.Module
+    build: Callable[[], nn.Module] | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """Everything that an analysis needs, resolved.
+
+    Args:
+        model: A module, or the paths of its checkpoints in order.
+        architecture: Name, reference or function of the network for those paths; None to find it by names and shapes.
+        material: The examples.
+        probes: Probes by label.
+        fresh: How many fresh networks serve as the yardstick.
+        seed: Seed of every random draw.
+        trust_pickle: Whether code in a checkpoint may run.
+        options: What `plasticity_probe.network.subject.subject` takes besides: loss, mode, dtype, device, memory, initial.
+    """
+
+    model: nn.Module | tuple[Path, ...]
+    architecture: str | Callable[[], nn.Module] | None
+    material: Material
+    probes: Probes
+    fresh: int
+    seed: int
+    trust_pickle: bool
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Number of networks that come as checkpoints."""
+        return 1 if isinstance(self.model, nn.Module) else len(self.model)
+
+    def networks(self) -> Iterator[Callable[[], Network]]:
+        """For each checkpoint in order, a function that reads it; reading is left to the caller, so that one bad file stops none."""
+        if isinstance(self.model, nn.Module):
+            model = self.model
+            yield lambda: _of_module(model)
+            return
+        for index, path in enumerate(self.model):
+            yield lambda index=index, path=path: self._of_file(path, index)
+
+    def subject(self, model: nn.Module) -> Subject:
+        """The subject of a network: it with the study's loss, mode and examples."""
+        m = self.material
+        return subject(
+            model, m.examples, seed=self.seed, training=m.training, held_out=m.held_out, noisy=m.noisy, **self.options
+        )
+
+    def fresh_subject(self, build: Callable[[], nn.Module], replicate: int) -> Subject:
+        """The subject of a freshly initialised network whose BatchNorm statistics come from the study's examples."""
+        with isolated():
+            made = self.subject(fresh_network(build, self.seed * 1000 + replicate))
+            settle_batchnorm(made)
+        return made
+
+    def settings(self, label: str) -> dict[str, Any]:
+        """What makes two rows of a label comparable: the probe's settings and the conditions it runs under."""
+        probe = self.probes[label]
+        options = {
+            key: str(value)
+            for key, value in self.options.items()
+            if value is not None and key not in ("initial", "memory", "device")
+        }
+        return {
+            "probe": probe.name,
+            **_plain(probe.settings()),
+            **options,
+            "seed": self.seed,
+            "examples_sha256": self.material.examples.sha256,
+        }
+
+    def _of_file(self, path: Path, index: int) -> Network:
+        file = read_checkpoint(path, trust_pickle=self.trust_pickle)
+        found = architecture_of(file, self.architecture)
+        loaded = load_network(file.state, found.build())
+        run, step, task = standing(path, file.metadata, index)
+        notes = [f"network: {found.name}" + (" (found by its names and shapes)" if self.architecture is None else "")]
+        notes.append(
+            f"weights: {len(loaded.loaded)} tensors loaded, {len(loaded.missing)} missing, {len(loaded.unexpected)} unexpected"
+        )
+        notes += [
+            f"{kind}: {', '.join(names[:8])}"
+            for kind, names in (("missing", loaded.missing), ("unexpected", loaded.unexpected))
+            if names
+        ]
+        return Network(Checkpoint(run, step, task, str(path), file.sha256), loaded.model, found.build, tuple(notes))
+
+
+def study(
+    model: Model,
+    data: Any,
+    *,
+    architecture: str | Callable[[], nn.Module] | None = None,
+    probes: Sequence[str | Probe[Any]] | Mapping[str, Probe[Any]] | None = None,
+    fresh: int = 1,
+    examples: int = EXAMPLES,
+    split: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    held_out: Any = None,
+    noisy: Tensor | None = None,
+    data_root: str | Path | None = None,
+    download: bool = False,
+    seed: int = 0,
+    trust_pickle: bool = False,
+    **options: Any,
+) -> Study:
+    """Resolves names and paths, reads the data, and reports every problem of the request at once.
+
+    Args:
+        model: A module, a checkpoint file, a folder, or several of those.
+        data: A name, a path or a reference (see `plasticity_probe.data.sources.load_data`), a loader, or a `DataSet`.
+        architecture: Network of the checkpoint files: a name, a reference "pkg.module:factory" or "file.py:factory", or a function; None finds
+            it by names and shapes.
+        probes: Names or probes, or probes by label; every registered probe by default.
+        fresh: How many freshly initialised networks are measured beside.
+        examples: Read at most this many examples of the split.
+        split: Which split of a data set; "train" by default, as the papers measure curvature of the training loss.
+        mean: Per-channel mean to subtract; none by default.
+        std: Per-channel standard deviation to divide by.
+        held_out: Loader of examples the network never saw; by default the data set's other split.
+        noisy: Booleans per training example: True where the label is known to be wrong.
+        data_root: Folder of the named data sets.
+        download: Fetch a named data set that is not there.
+        seed: Seed of every random draw.
+        trust_pickle: Let code in a checkpoint run; only for files whose origin is known.
+        options: loss, mode, dtype, device, memory, initial (see `plasticity_probe.network.subject.subject`).
+
+    Raises:
+        PlanError: Unknown probes or settings that cannot be, all of them at once.
+        InputError: Data or checkpoints that cannot be read.
+    """
+    problems: list[str] = []
+    chosen = _attempt(problems, lambda: resolve_probes(probes), {})
+    if fresh < 0 or examples < 1:
+        problems.append(f"fresh must be at least 0 and examples at least 1, got {fresh} and {examples}")
+    paths = _attempt(problems, lambda: _paths(model), ())
+    _attempt(problems, lambda: _check_architecture(architecture), None)
+    if problems:
+        raise PlanError(problems)
+    with isolated():
+        material = _material(data, split, mean, std, examples, seed, held_out, noisy, data_root, download)
+    return Study(paths, architecture, material, chosen, fresh, seed, trust_pickle, options)
+
+
+def resolve_probes(probes: Sequence[str | Probe[Any]] | Mapping[str, Probe[Any]] | None) -> Probes:
+    """Probes by label: names are looked up among the registered ones, probes stand under their own name.
+
+    Raises:
+        UnknownNameError: No such probe.
+        UsageError: Two probes would have one label.
+    """
+    if isinstance(probes, Mapping):
+        return dict(probes)
+    if probes is None:
+        found = {name: kind() for name, kind in registry.load_all(registry.PROBES).items()}
+        return dict(sorted(found.items(), key=lambda entry: ORDER.index(entry[0]) if entry[0] in ORDER else len(ORDER)))
+    made = [registry.load(registry.PROBES, probe)() if isinstance(probe, str) else probe for probe in probes]
+    labels = [probe.name for probe in made]
+    if twice := sorted({label for label in labels if labels.count(label) > 1}):
+        raise UsageError(f"the probe {twice[0]!r} is there twice; give labels: probes={{'label': probe, ...}}")
+    return dict(zip(labels, made, strict=True))
+
+
+ORDER = (
+    "performance",
+    "hessian_spectrum",
+    "fisher_rank",
+    "feature_rank",
+    "dead_units",
+    "weight_norms",
+    "gradient_norms",
+    "memorization",
+)
+"""Order of this package's probes in a table; others follow."""
+
+
+def architecture_of(file: CheckpointFile, wanted: str | Callable[[], nn.Module] | None) -> Architecture:
+    """The network that a checkpoint's weights belong to.
+
+    Args:
+        file: The checkpoint.
+        wanted: A name, a reference or a function; None to find it by names and shapes.
+
+    Raises:
+        CheckpointError: No architecture fits, or several do.
+        UnknownNameError: No model of that name.
+    """
+    if wanted is None:
+        return identify(file)
+    if callable(wanted):
+        return Architecture(getattr(wanted, "__name__", "model"), {}, wanted)
+    if is_reference(wanted):
+        return Architecture(wanted, {}, resolve(wanted))
+    if wanted in named_architectures():
+        return architecture_named(wanted, file.state)
+    return Architecture(wanted, {}, registry.load(registry.MODELS, wanted))
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Hash of a model's weights and buffers: names, shapes, types and bytes."""
+    digest = sha256()
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _of_module(model: nn.Module) -> Network:
+    try:
+        build, notes = reinitialised(model), ()
+    except ValueError as error:
+        build, notes = None, (str(error),)
+    return Network(Checkpoint("model", 0, -1, "", weights_sha256(model)), model, build, notes)
+
+
+def _paths(model: Model) -> nn.Module | tuple[Path, ...]:
+    if isinstance(model, nn.Module):
+        return model
+    if isinstance(model, str | Path):
+        return tuple(find_checkpoints([model]))
+    if isinstance(model, Sequence) and model:
+        return tuple(find_checkpoints(model))
+    raise UsageError(f"expected a module, a checkpoint file, a folder or several of those, got {type(model).__name__}")
+
+
+def _check_architecture(wanted: str | Callable[[], nn.Module] | None) -> None:
+    if isinstance(wanted, str) and not is_reference(wanted):
+        known = {*named_architectures(), *registry.registered(registry.MODELS)}
+        if wanted not in known:
+            raise UnknownNameError("model", wanted, known)
+
+
+def _attempt(problems: list[str], work: Callable[[], Any], otherwise: Any) -> Any:
+    try:
+        return work()
+    except UsageError as error:
+        problems.append(str(error))
+        return otherwise
+
+
+def _material(
+    data: Any,
+    split: str | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    examples: int,
+    seed: int,
+    held_out: Any,
+    noisy: Tensor | None,
+    root: str | Path | None,
+    download: bool,
+) -> Material:
+    if isinstance(data, Examples):
+        return Material(
+            data.take(examples), data.take(examples), _held(held_out, examples), noisy, f"{len(data)} examples given"
+        )
+    named = {**NAMED, **registry.load_all(registry.DATA)}
+    found = (
+        load_data(data, root=root, download=download, named=named)
+        if isinstance(data, str | Path)
+        else as_data(data, "the given data")
+    )
+    if isinstance(found, UserLoader):
+        if split or mean or std:
+            raise UsageError(
+                f"split, mean and std belong to data sets; {found.name} is a loader, so let it split and normalise itself"
+            )
+        read = read_examples(found.loader, examples)
+        return Material(
+            read, read, _held(held_out, examples), noisy, f"{found.name}: {len(read)} examples as the loader gave them"
+        )
+    return _of_dataset(found, split, mean, std, examples, seed, held_out, noisy)
+
+
+def _of_dataset(
+    data: DataSet,
+    split: str | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    examples: int,
+    seed: int,
+    held_out: Any,
+    noisy: Tensor | None,
+) -> Material:
+    name = split or ("train" if "train" in data.splits else next(iter(data.splits)))
+    if name not in data.splits:
+        raise DataError(
+            f"{data.name} has no split {name!r}; it has: {', '.join(data.splits)}. Choose one of those with --split."
+        )
+    kept = {key: _shuffled(part, mean, std, examples, seed) for key, part in data.splits.items()}
+    other = next((key for key in data.splits if key != "train"), None) if "train" in data.splits else None
+    training, marks = kept.get("train", (None, None))
+    chosen = kept[name][0]
+    text = f"{data.name}, {name} split: {len(chosen)} of {len(data.splits[name])} examples, {data.splits[name].normalisation(mean, std)}"
+    held = _held(held_out, examples) if held_out is not None else kept[other][0] if other else None
+    return Material(chosen, training, held, noisy if noisy is not None else marks, text)
+
+
+def _shuffled(
+    part: Split, mean: Sequence[float] | None, std: Sequence[float] | None, examples: int, seed: int
+) -> tuple[Examples, Tensor | None]:
+    subset = part.subset(examples, seed)
+    # Files are often sorted by class; probes take the first examples, so these must be a random sample.
+    order = torch.randperm(len(subset), generator=torch.Generator().manual_seed(seed))
+    inputs, targets = subset.tensors(mean, std)
+    marks = torch.from_numpy(subset.noisy)[order] if subset.noisy is not None else None
+    return keep([(inputs[order], targets[order])]), marks
+
+
+def _held(held_out: Any, examples: int) -> Examples | None:
+    return held_out if held_out is None or isinstance(held_out, Examples) else read_examples(held_out, examples)
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(settings, default=lambda value: asdict(value) if is_dataclass(value) else str(value)))
+
+
+def needs_gradients(probes: Iterable[Probe[Any]]) -> bool:
+    """Whether any of the probes needs a trainable parameter."""
+    return any(Need.GRADIENTS in probe.needs for probe in probes)

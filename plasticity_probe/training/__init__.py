@@ -1,0 +1,1 @@
+"""Reference training runs that write checkpoints."""
