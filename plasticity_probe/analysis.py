@@ -22,9 +22,9 @@ from plasticity_probe.planning import check
 from plasticity_probe.probe import Probe
 from plasticity_probe.record import Checkpoint, Record, run_probe
 from plasticity_probe.study import Model, Network, Study, study
-from plasticity_probe.trace.layout import Row
+from plasticity_probe.trace.layout import Row, canonical
 from plasticity_probe.trace.memory import MemoryTrace
-from plasticity_probe.trace.rows import canonical, row_of
+from plasticity_probe.trace.rows import row_of
 from plasticity_probe.trace.writer import TraceWriter, open_for_append
 
 Report = Callable[[int, int, str], None]
@@ -178,6 +178,7 @@ class _Run:
     def __init__(self, wanted: Study, store: MemoryTrace | TraceWriter, report: Report | None) -> None:
         self.wanted, self.store = wanted, store
         self.report = report or (lambda *_: None)
+        self.known = {row.key: row for row in store.rows}
         self.rows: list[Row] = []
         self.records: list[Record] = []
         self.notes: list[str] = []
@@ -253,7 +254,7 @@ class _Run:
 
     def _stored(self, label: str, place: Checkpoint) -> Row | None:
         blank = Record(label, self.wanted.probes[label], place, self.wanted.seed, Status.OK, "", 0.0, -1, None)
-        return self.store.find(row_of(blank, self.wanted.settings(label)).key)
+        return self.known.get(row_of(blank, self.wanted.settings(label)).key)
 
     def _keep(self, record: Record, label: str) -> None:
         row = row_of(record, self.wanted.settings(label))

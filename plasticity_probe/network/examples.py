@@ -194,7 +194,7 @@ def _digest(batches: Iterable[Batch]) -> Any:
 
 
 def _reread(loader: Iterable[Batch], limit: int | None) -> Examples:
-    if iter(loader) is loader:
+    if isinstance(loader, Iterator):
         raise SubjectError(
             "the examples do not fit the memory allowed for them and the loader can be read only once. Ask for fewer examples, allow more "
             "memory, or pass a loader that can be iterated again, such as a DataLoader."

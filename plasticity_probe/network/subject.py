@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from plasticity_probe.errors import SubjectError
 from plasticity_probe.measurement import Conditions
-from plasticity_probe.network.examples import Batch, Examples, read_examples
+from plasticity_probe.network.examples import Batch, Examples, read_examples, tensors_of
 from plasticity_probe.network.losses import Loss, LossFunction, Terms, custom_loss, infer_loss, outputs_of
 
 T = TypeVar("T")
@@ -131,7 +131,7 @@ class Subject:
         weights = {parameter.data_ptr() for parameter in self.model.parameters()}
         first = next(iter(self.examples.chunks(1)))
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            sums, _ = self.losses(self.parameters, first)
+            sums, _ = self.losses(self.parameters_or_none, first)
         total = sum(size for pointer, size in kept.items() if pointer not in weights)
         return max(1, total // len(sums))
 
@@ -230,6 +230,8 @@ def subject(
     shell = Subject(network, _NO_LOSS, held)
     placed = held.take(examples).handed_out_as(shell.dtype, shell.device)
     first = next(iter(placed.chunks(8)))
+    if loss is None:
+        _check_runs(network, first)
     made = replace(
         shell,
         loss=custom_loss(loss) if loss else infer_loss(network, first, placed.chunks(LARGEST_CHUNK)),
@@ -295,7 +297,7 @@ def check_repeats(subject: Subject, examples: int = 32) -> None:
     first, second = (_loss_and_gradients(few) for _ in range(2))
     if first is None or second is None:
         return
-    if all(gradient is None for gradient in first[1:]):
+    if len(first) > 1 and all(gradient is None for gradient in first[1:]):
         raise SubjectError(
             "expected a loss that depends on the model's trainable parameters, but its gradient is missing for all of them. A custom loss must "
             "call the model it is given (loss(model, batch)), not another one, and must not detach its output."
@@ -342,6 +344,20 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 def _precision(dtype: torch.dtype) -> int:
     return torch.finfo(dtype).bits
+
+
+def _check_runs(model: nn.Module, batch: Batch) -> None:
+    try:
+        with torch.no_grad():
+            outputs_of(model, batch)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        if isinstance(error, SubjectError):
+            raise
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_of(batch)[:3])
+        raise SubjectError(
+            f"the model does not run on these examples, whose tensors have the shapes {shapes}: {error}. Check that model and data belong "
+            "together, or pass loss=lambda model, batch: ... that calls the model as it wants to be called."
+        ) from error
 
 
 def _read(data: Iterable[Batch] | Examples | None, limit: int | None) -> Examples | None:

@@ -1,0 +1,66 @@
+"""`probe list`: the names of probes, models and data sets, this package's and everybody else's."""
+
+from typing import Annotated
+
+import typer
+
+from plasticity_probe.cli.terminal import console, plain, reported
+
+KINDS = ("probes", "models", "data")
+
+
+@reported
+def list_names(
+    kind: Annotated[
+        str | None, typer.Argument(help="probes, models or data; all by default.", show_default=False)
+    ] = None,
+) -> None:
+    """List the names that --probes, --model and --data know."""
+    from plasticity_probe.errors import UnknownNameError
+
+    if kind is not None and kind not in KINDS:
+        raise UnknownNameError("list", kind, KINDS)
+    from rich.table import Table
+
+    out = console()
+    for wanted in [kind] if kind else KINDS:
+        table = Table(
+            box=None, pad_edge=False, show_header=False, title=wanted, title_justify="left", title_style="bold"
+        )
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, text in _NAMES[wanted]():
+            table.add_row(plain(f"  {name}", "cyan"), plain(text))
+        out.print(table)
+
+
+def _probes() -> list[tuple[str, str]]:
+    from plasticity_probe import registry
+
+    return [(name, kind.title) for name, kind in sorted(registry.load_all(registry.PROBES).items())]
+
+
+def _models() -> list[tuple[str, str]]:
+    from plasticity_probe import registry
+    from plasticity_probe.checkpoints.architectures import named_architectures
+
+    own = [(name, _first_line(build)) for name, build in sorted(named_architectures().items())]
+    return own + [(name, f"from {entry.value}") for name, entry in sorted(registry.registered(registry.MODELS).items())]
+
+
+def _data() -> list[tuple[str, str]]:
+    from plasticity_probe import registry
+    from plasticity_probe.data.sources import NAMED
+
+    own = [
+        (name, "built in") if name == "digits" else (name, "official files in the data root, or --download")
+        for name in sorted(NAMED)
+    ]
+    return own + [(name, f"from {entry.value}") for name, entry in sorted(registry.registered(registry.DATA).items())]
+
+
+def _first_line(thing: object) -> str:
+    return (getattr(thing, "__doc__", None) or "").strip().split("\n")[0]
+
+
+_NAMES = {"probes": _probes, "models": _models, "data": _data}
