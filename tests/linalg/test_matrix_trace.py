@@ -1,0 +1,106 @@
+import math
+
+import pytest
+import torch
+
+from plasticity_probe.errors import UsageError
+from plasticity_probe.linalg.matrix_trace import hutch_plus_plus, hutchinson, mean_estimate
+from plasticity_probe.linalg.operator import CountingOperator, DenseOperator
+
+DTYPES = [torch.float32, torch.float64]
+SCALES = [1e-30, 1.0, 1e30]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_diagonal_matrices_are_met_exactly_with_no_error(generator, dtype, scale):
+    diagonal = torch.randn(300, generator=generator).to(dtype) * scale
+    estimate = hutchinson(DenseOperator(torch.diag(diagonal)), 5, generator)
+    assert estimate.value == pytest.approx(float(diagonal.double().sum()), rel=1e-12)
+    assert estimate.standard_error == 0.0
+    assert (estimate.draws, estimate.products) == (5, 5)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("estimator", [hutchinson, hutch_plus_plus])
+def test_within_four_standard_errors_at_every_scale(symmetric_matrix, generator, estimator, scale):
+    spectrum = torch.linspace(-1, 3, 200, dtype=torch.float64)
+    matrix = symmetric_matrix(spectrum, torch.float32, scale)
+    estimate = estimator(DenseOperator(matrix), 90, generator)
+    assert abs(estimate.value - float(spectrum.sum()) * scale) < 4 * estimate.standard_error
+    assert estimate.standard_error < 0.1 * abs(estimate.value)
+
+
+def standard_error_ratio(estimates):
+    """Mean squared standard error over the variance seen between independent runs: 1 if the standard error is honest."""
+    values = torch.tensor([estimate.value for estimate in estimates], dtype=torch.float64)
+    squares = torch.tensor([estimate.standard_error for estimate in estimates], dtype=torch.float64).square()
+    return float(squares.mean() / values.var())
+
+
+def test_the_standard_error_is_honest_over_many_seeds(symmetric_matrix):
+    spectrum = torch.linspace(-1, 3, 30, dtype=torch.float64)
+    matrix = symmetric_matrix(spectrum)
+    runs = [hutchinson(DenseOperator(matrix), 10, torch.Generator().manual_seed(seed)) for seed in range(500)]
+    # The variance of 500 values is known to a relative standard error of sqrt(2 / 499).
+    assert abs(standard_error_ratio(runs) - 1) < 4 * math.sqrt(2 / 499) * 1.2
+    values = torch.tensor([run.value for run in runs])
+    exact_variance = 2 * float((matrix - torch.diag(matrix.diagonal())).square().sum()) / 10
+    assert float(values.var()) == pytest.approx(exact_variance, rel=4 * math.sqrt(2 / 499) * 1.2)
+    assert abs(float(values.mean()) - float(spectrum.sum())) < 4 * math.sqrt(exact_variance / 500)
+
+
+def test_a_standard_deviation_sold_as_a_standard_error_would_be_caught(symmetric_matrix):
+    matrix = symmetric_matrix(torch.linspace(-1, 3, 30, dtype=torch.float64))
+    runs = [hutchinson(DenseOperator(matrix), 10, torch.Generator().manual_seed(seed)) for seed in range(500)]
+    assert 10 * standard_error_ratio(runs) > 5
+
+
+def test_the_standard_error_of_hutch_plus_plus_is_honest(symmetric_matrix):
+    spectrum = torch.cat([torch.tensor([50.0, 20.0]), torch.linspace(-1, 1, 38)]).double()
+    matrix = symmetric_matrix(spectrum)
+    runs = [hutch_plus_plus(DenseOperator(matrix), 24, torch.Generator().manual_seed(seed)) for seed in range(300)]
+    assert abs(standard_error_ratio(runs) - 1) < 4 * math.sqrt(2 / 299) * 1.5
+    values = torch.tensor([run.value for run in runs])
+    assert abs(float(values.mean()) - float(spectrum.sum())) < 4 * float(values.std()) / math.sqrt(300)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_hutch_plus_plus_is_exact_for_a_low_rank(symmetric_matrix, generator, scale):
+    spectrum = torch.cat([torch.tensor([5.0, 4.0, -3.0]), torch.zeros(297)])
+    operator = CountingOperator(DenseOperator(symmetric_matrix(spectrum, torch.float64, scale)))
+    estimate = hutch_plus_plus(operator, 30, generator)
+    assert estimate.value == pytest.approx(6 * scale, rel=1e-9)
+    assert estimate.standard_error < 1e-9 * scale
+    assert estimate.products == operator.products == 30
+    assert hutchinson(operator, 30, generator).standard_error > 0.01 * scale
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_hutch_plus_plus_on_matrices_smaller_than_its_sketch(symmetric_matrix, generator, size):
+    matrix = symmetric_matrix(torch.arange(1.0, size + 1))
+    assert hutch_plus_plus(DenseOperator(matrix), 30, generator).value == pytest.approx(size * (size + 1) / 2)
+
+
+def test_zero_and_not_finite(generator):
+    zero = DenseOperator(torch.zeros(9, 9))
+    assert hutchinson(zero, 3, generator).value == hutch_plus_plus(zero, 6, generator).value == 0.0
+    broken = DenseOperator(torch.full((9, 9), math.nan))
+    for estimate in (hutchinson(broken, 3, generator), hutch_plus_plus(broken, 6, generator)):
+        assert math.isnan(estimate.value)
+        assert math.isnan(estimate.standard_error)
+
+
+def test_too_little_for_a_standard_error_is_refused(generator):
+    operator = DenseOperator(torch.eye(3))
+    with pytest.raises(UsageError, match="at least 2 draws"):
+        hutchinson(operator, 1, generator)
+    with pytest.raises(UsageError, match="at least 6 products"):
+        hutch_plus_plus(operator, 5, generator)
+
+
+def test_mean_estimate_by_hand():
+    estimate = mean_estimate([1.0, 3.0], products=2)
+    assert (estimate.value, estimate.standard_error) == pytest.approx((2.0, 1.0))
+    assert math.isnan(mean_estimate([1.0], products=1).standard_error)
+    assert mean_estimate([1e200, 3e200], products=2).standard_error == pytest.approx(1e200)
