@@ -65,13 +65,14 @@ def settle_batchnorm(subject: Subject) -> None:
     norms = [m for m in subject.model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:
         return
+    batches = _equal_chunks(subject)
     before = [(norm.momentum, norm.training) for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # type: ignore[assignment]  # torch's own way to ask for a cumulative average
         norm.train()
     with torch.no_grad():
-        for batch in _equal_chunks(subject):
+        for batch in batches:
             subject.loss.of_batch(subject.model, batch)
     for norm, (momentum, training) in zip(norms, before, strict=True):
         norm.momentum = momentum  # type: ignore[assignment]

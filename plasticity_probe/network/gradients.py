@@ -75,7 +75,7 @@ def per_example_gradients(subject: Subject, batch: Batch) -> Tensor:
         SubjectError: The examples of a batch influence each other (BatchNorm with batch statistics, a contrastive loss), so that an example has
             no gradient of its own; or every parameter is frozen.
     """
-    route = subject.once("per_example_route", lambda: _route(subject))
+    route = _route(subject)
     scale = len(subject.examples) / subject.terms if subject.terms else float("nan")
     pieces = _pieces(batch, gradient_chunk(subject)) if subject.examples.sliceable else [batch]
     return scale * torch.cat([route(subject, piece) for piece in pieces])
@@ -108,25 +108,6 @@ def gram_plan(subject: Subject) -> GramPlan:
     rows = int(min(count, max(1, subject.memory // (2 * row))))
     gradients = sum(count - first for first in range(0, count, rows))
     return GramPlan(rows, gradients, rows * row + 8 * count**2)
-
-
-def check_independent(model: nn.Module) -> None:
-    """Refuses a model whose BatchNorm layers mix the examples of a batch.
-
-    Raises:
-        SubjectError: A BatchNorm layer is in train mode or keeps no running statistics; the message names the first ones.
-    """
-    coupled = [
-        name or type(module).__name__
-        for name, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None)
-    ]
-    if coupled:
-        raise SubjectError(
-            f"expected the loss of an example to depend on that example alone, but BatchNorm uses the statistics of the batch "
-            f"({', '.join(coupled[:3])}), so no example has a gradient of its own. Measure with mode='eval', where BatchNorm uses its running "
-            "statistics."
-        )
 
 
 def squared_mean_norm(gram: Tensor) -> float:
@@ -191,17 +172,17 @@ def _gradient(subject: Subject, loss: Tensor, retain: bool = False) -> Tensor:
 
 
 def _route(subject: Subject) -> Route:
-    check_independent(subject.model)
+    return subject.once("per_example_route", lambda: _working_route(subject))
+
+
+def _working_route(subject: Subject) -> Route:
+    _check_independent(subject.model)
     if not subject.examples.sliceable:
         return _one_at_a_time
     few = next(iter(subject.examples.chunks(TRIAL)))
     together = _gradient(subject, subject.losses(subject.parameters, few)[0].sum())
     try:
-        with warnings.catch_warnings():
-            # A missing batching rule makes torch.func loop and say so; it is no slower than what would be done instead.
-            warnings.filterwarnings("ignore", message="There is a performance drop")
-            agrees = _adds_up(_vectorised(subject, few), together)
-        if agrees:
+        if _adds_up(_vectorised(subject, few), together):
             return _vectorised
     except torch.OutOfMemoryError:
         raise
@@ -217,6 +198,20 @@ def _route(subject: Subject) -> Route:
     )
 
 
+def _check_independent(model: nn.Module) -> None:
+    coupled = [
+        name or type(module).__name__
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None)
+    ]
+    if coupled:
+        raise SubjectError(
+            f"expected the loss of an example to depend on that example alone, but BatchNorm uses the statistics of the batch "
+            f"({', '.join(coupled[:3])}), so no example has a gradient of its own. Measure with mode='eval', where BatchNorm uses its running "
+            "statistics."
+        )
+
+
 def _adds_up(each: Tensor, together: Tensor) -> bool:
     """Whether per-example gradients sum to the gradient of the summed loss; vacuously where that is not finite."""
     difference = (each.sum(0) - together).norm()
@@ -228,7 +223,10 @@ def _vectorised(subject: Subject, batch: Batch) -> Tensor:
         return subject.losses(parameters, map_tensors(lambda tensor: tensor.unsqueeze(0), example))[0].sum()
 
     parameters = {name: parameter.detach() for name, parameter in subject.parameters.items()}
-    found = vmap(grad(loss), in_dims=(None, 0))(parameters, batch)
+    with warnings.catch_warnings():
+        # Where torch.func lacks a batching rule it loops and says so; that is no slower than what would be done instead.
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        found = vmap(grad(loss), in_dims=(None, 0))(parameters, batch)
     return torch.cat([found[name].flatten(1) for name in parameters], 1)
 
 
@@ -237,6 +235,10 @@ def _one_at_a_time(subject: Subject, batch: Batch) -> Tensor:
     rows = []
     for piece in _pieces(batch, 1) if subject.examples.sliceable else [batch]:
         sums, _ = subject.losses(subject.parameters, piece)
+        if len(sums) != batch_size(piece):
+            raise SubjectError(
+                f"expected one loss per example, {batch_size(piece)} for this batch, got {len(sums)}. Sum the terms of each example."
+            )
         rows += [_gradient(subject, each, retain=len(sums) > 1) for each in sums]
     return torch.stack(rows)
 
@@ -247,6 +249,7 @@ def _pieces(batch: Batch, size: int) -> Iterator[Batch]:
 
 
 def _gram(subject: Subject) -> Tensor:
+    _route(subject)  # refuses what has no per-example gradients before anything is run on single examples
     count, rows = len(subject.examples), gram_plan(subject).rows
     products = torch.zeros(count, count, dtype=torch.float64)
     first = 0

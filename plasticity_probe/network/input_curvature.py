@@ -24,8 +24,8 @@ def squared_input_products(subject: Subject, batch: Batch, draws: int, generator
         generator: The source of randomness, on the CPU.
 
     Returns:
-        Shape (n, draws), float64, on the CPU; or why it is not defined, in a sentence: no single floating-point input, or examples that influence
-        each other.
+        Shape (n, draws), float64, on the CPU; or a sentence that says why it is not defined: there is no single floating-point input, or the
+        examples influence each other.
     """
     found = _only_floating_input(batch)
     if isinstance(found, str):
@@ -40,11 +40,11 @@ def squared_input_products(subject: Subject, batch: Batch, draws: int, generator
             "The loss of an example depends on the inputs of others (BatchNorm in train mode, a contrastive loss), so there is no input-loss "
             "curvature. Measure with mode='eval'."
         )
-    (slope,) = _gradients((sums / torch.where(counts > 0, counts, 1)).sum(), x, create_graph=True)
+    slope = _gradient((sums / torch.where(counts > 0, counts, 1)).sum(), x, create_graph=True)
     signs = torch.randint(0, 2, (len(x), draws, *x.shape[1:]), generator=generator, dtype=torch.int8)
     columns = []
     for draw in signs.unbind(1):
-        (product,) = _gradients(slope, x, (2 * draw - 1).to(x))
+        product = _gradient(slope, x, (2 * draw - 1).to(x))
         columns.append(product.double().flatten(1).square().sum(1))
     return torch.stack(columns, 1).cpu()
 
@@ -62,25 +62,27 @@ def _only_floating_input(batch: Batch) -> Tensor | str:
 
 def _with_input(batch: Batch, old: Tensor, new: Tensor) -> Batch:
     """The batch with one of its inputs replaced; targets stay, also where they are the same tensor."""
-    inputs, targets = inputs_and_targets(batch)
+    inputs, _ = inputs_and_targets(batch)
     changed = map_tensors(lambda tensor: new if tensor is old else tensor, inputs)
     if isinstance(batch, Mapping):
         return {**batch, **changed}
     if isinstance(batch, Tensor):
         return changed
-    return type(batch)([changed] if targets is None else [changed, targets])
+    entries = [changed, *batch[1:]]
+    return type(batch)(*entries) if hasattr(batch, "_fields") else type(batch)(entries)
 
 
 def _coupled(sums: Tensor, x: Tensor) -> bool:
-    (slope,) = _gradients(sums[0], x)
+    slope = _gradient(sums[0], x)
     # A network with NaN weights gives NaN everywhere, which is no coupling.
     return bool(slope[1:].nan_to_num(0, 0, 0).count_nonzero())
 
 
-def _gradients(of: Tensor, x: Tensor, along: Tensor | None = None, create_graph: bool = False) -> tuple[Tensor, ...]:
+def _gradient(of: Tensor, x: Tensor, along: Tensor | None = None, create_graph: bool = False) -> Tensor:
     """The gradient in x of a number, or of the product of a tensor with `along`; zero where it does not depend on x."""
     if not of.requires_grad:
-        return (torch.zeros_like(x),)
-    return torch.autograd.grad(
+        return torch.zeros_like(x)
+    (found,) = torch.autograd.grad(
         of, x, along, retain_graph=True, create_graph=create_graph, allow_unused=True, materialize_grads=True
     )
+    return found
