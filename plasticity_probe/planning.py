@@ -114,16 +114,22 @@ def check(probes: Probes, subject: Subject) -> None:
                 "probes (--probes)."
             ]
         )
-    too_large = [
-        f"{label} needs about {_gigabytes(memory_of(probe, subject))}, but {_gigabytes(subject.memory)} are allowed"
-        for label, probe in probes.items()
-        if memory_of(probe, subject) > subject.memory
-    ]
+    too_large = [text for label, probe in probes.items() if (text := _excess(label, probe, subject))]
     if too_large:
         raise BudgetError(
             "; ".join(too_large)
             + ". Allow more with --memory, ask the probe for fewer examples, or leave it out (--probes)."
         )
+
+
+def _excess(label: str, probe: Probe[Measurement], subject: Subject) -> str:
+    try:
+        needed = memory_of(probe, subject)
+    except BudgetError as error:
+        return f"{label}: {error}"
+    if needed <= subject.memory:
+        return ""
+    return f"{label} needs about {_gigabytes(needed)}, but {_gigabytes(subject.memory)} are allowed"
 
 
 def memory_of(probe: Probe[Measurement], subject: Subject) -> int:

@@ -1,7 +1,7 @@
 """What is to be measured: checkpoints, data and probes, resolved and checked before any work is done."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from plasticity_probe import registry
 from plasticity_probe.checkpoints.architectures import (
     Architecture,
+    Loaded,
     architecture_named,
     identify,
     load_network,
@@ -29,7 +30,7 @@ from plasticity_probe.network.examples import Examples, keep, read_examples
 from plasticity_probe.network.fresh import fresh_network, reinitialised, settle_batchnorm
 from plasticity_probe.network.isolation import isolated
 from plasticity_probe.network.subject import Subject, subject
-from plasticity_probe.probe import Need, Probe
+from plasticity_probe.probe import Probe, generator_for
 from plasticity_probe.record import Checkpoint
 from plasticity_probe.references import is_reference, resolve
 
@@ -124,7 +125,9 @@ class Study:
     def fresh_subject(self, build: Callable[[], nn.Module], replicate: int) -> Subject:
         """The subject of a freshly initialised network whose BatchNorm statistics come from the study's examples."""
         with isolated():
-            made = self.subject(fresh_network(build, self.seed * 1000 + replicate))
+            made = self.subject(
+                fresh_network(build, generator_for(self.seed, "fresh network", replicate).initial_seed())
+            )
             settle_batchnorm(made)
         return made
 
@@ -150,14 +153,7 @@ class Study:
         loaded = load_network(file.state, found.build())
         run, step, task = standing(path, file.metadata, index)
         notes = [f"network: {found.name}" + (" (found by its names and shapes)" if self.architecture is None else "")]
-        notes.append(
-            f"weights: {len(loaded.loaded)} tensors loaded, {len(loaded.missing)} missing, {len(loaded.unexpected)} unexpected"
-        )
-        notes += [
-            f"{kind}: {', '.join(names[:8])}"
-            for kind, names in (("missing", loaded.missing), ("unexpected", loaded.unexpected))
-            if names
-        ]
+        notes.append(_loaded(loaded))
         return Network(Checkpoint(run, step, task, str(path), file.sha256), loaded.model, found.build, tuple(notes))
 
 
@@ -282,6 +278,18 @@ def weights_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def _loaded(loaded: Loaded) -> str:
+    # Files of old torch versions lack BatchNorm's counters, which play no part in eval mode.
+    counters = [name for name in loaded.missing if name.endswith("num_batches_tracked")]
+    missing = [name for name in loaded.missing if name not in counters]
+    parts = [f"{len(loaded.loaded)} tensors loaded"]
+    for kind, names in (("missing", missing), ("unexpected", loaded.unexpected)):
+        parts.append(f"{len(names)} {kind}" + (f" ({', '.join(names[:8])})" if names else ""))
+    return f"weights: {', '.join(parts)}" + (
+        f"; {len(counters)} BatchNorm counters not in the file" if counters else ""
+    )
+
+
 def _of_module(model: nn.Module) -> Network:
     try:
         build, notes = reinitialised(model), ()
@@ -390,8 +398,3 @@ def _held(held_out: Any, examples: int) -> Examples | None:
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(settings, default=lambda value: asdict(value) if is_dataclass(value) else str(value)))
-
-
-def needs_gradients(probes: Iterable[Probe[Any]]) -> bool:
-    """Whether any of the probes needs a trainable parameter."""
-    return any(Need.GRADIENTS in probe.needs for probe in probes)

@@ -31,7 +31,7 @@ def row_of(record: Record, settings: Mapping[str, Any]) -> Row:
         status=str(record.status),
         message=record.message,
         seconds=record.seconds,
-        peak_bytes=record.peak_bytes,
+        peak_bytes=float(record.peak_bytes) if record.peak_bytes >= 0 else float("nan"),
         seed=record.seed,
         conditions=asdict(measured.conditions) if measured is not None else {},
         labels=labels,
