@@ -135,6 +135,7 @@ def analyze(
     *,
     probes: Sequence[str | Probe[Any]] | dict[str, Probe[Any]] | None = None,
     trace: str | Path | None = None,
+    retry_failed: bool = False,
     progress: Report | None = None,
     **request: Any,
 ) -> Analysis:
@@ -145,6 +146,7 @@ def analyze(
         data: A name such as "cifar10", a path, a reference, a loader of batches, or a `DataSet`.
         probes: Names or probes, or probes by label; every registered probe by default.
         trace: HDF5 file to store every number in; what is there already is not measured again.
+        retry_failed: Measure again what is in the trace with a status other than ok.
         progress: Called as report(done, total, text).
         request: Further arguments of `plasticity_probe.study.study`: fresh, examples, split, mean, std, architecture, loss, mode, dtype, device,
             seed, memory, held_out, noisy, initial, ...
@@ -154,21 +156,24 @@ def analyze(
         InputError: The data or the only checkpoint is refused.
         TraceError: The trace cannot be written, or holds a label with other settings.
     """
-    return run(study(model, data, probes=probes, **request), trace=trace, progress=progress)
+    return run(study(model, data, probes=probes, **request), trace=trace, retry_failed=retry_failed, progress=progress)
 
 
-def run(wanted: Study, *, trace: str | Path | None = None, progress: Report | None = None) -> Analysis:
+def run(
+    wanted: Study, *, trace: str | Path | None = None, retry_failed: bool = False, progress: Report | None = None
+) -> Analysis:
     """Carries out a study.
 
     Args:
         wanted: The study.
         trace: HDF5 file to store every number in.
+        retry_failed: Measure again what is in the trace with a status other than ok.
         progress: Called as report(done, total, text).
     """
     settings = {label: canonical(wanted.settings(label)) for label in wanted.probes}
     if trace is None:
         return _Run(wanted, MemoryTrace(), progress).analysis(None)
-    with open_for_append(Path(trace), settings, provenance(wanted)) as writer:
+    with open_for_append(Path(trace), settings, provenance(wanted), retry_failed=retry_failed) as writer:
         return _Run(wanted, writer, progress).analysis(Path(trace))
 
 
@@ -178,10 +183,10 @@ class _Run:
     def __init__(self, wanted: Study, store: MemoryTrace | TraceWriter, report: Report | None) -> None:
         self.wanted, self.store = wanted, store
         self.report = report or (lambda *_: None)
-        self.known = {row.key: row for row in store.rows}
+        self.known = {row.key: row for row in store.rows if store.done(row.key)}
         self.rows: list[Row] = []
         self.records: list[Record] = []
-        self.notes: list[str] = []
+        self.notes: list[str] = list(store.notes) if isinstance(store, TraceWriter) else []
         self.done = 0
         self.total = (wanted.size + wanted.fresh) * len(wanted.probes)
 

@@ -159,7 +159,8 @@ def _guessing(shown: Table) -> list[str]:
     accuracy = next((line for line in shown.lines if line.probe == "performance" and line.name == "accuracy"), None)
     if accuracy is None or "fresh" not in shown.columns:
         return []
-    own, fresh = accuracy.values[0], accuracy.values[shown.columns.index("fresh")]
+    at = shown.columns.index("fresh")
+    own, fresh = accuracy.values[at - 1], accuracy.values[at]
     if math.isnan(own) or own > 1.5 * fresh:
         return []
     return [

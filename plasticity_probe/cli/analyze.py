@@ -74,6 +74,9 @@ def analyze(
     trust_pickle: Annotated[
         bool, Option("--trust-pickle", help="Let code in the checkpoint run. Only for files you made yourself.")
     ] = False,
+    retry_failed: Annotated[
+        bool, Option("--retry-failed", help="Measure again what the trace holds with a status other than ok.")
+    ] = False,
     quiet: Annotated[bool, Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Measure checkpoints: curvature, ranks, dead units, norms and memorization, beside a fresh network.
@@ -119,7 +122,7 @@ def analyze(
         show_plan(planned(wanted), as_json)
         return
     with progress(quiet) as report:
-        analysis = run(wanted, trace=trace, progress=report)
+        analysis = run(wanted, trace=trace, retry_failed=retry_failed, progress=report)
         if trace and figures:
             from plasticity_probe.report.draw import draw_trace
 

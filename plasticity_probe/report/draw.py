@@ -1,0 +1,384 @@
+"""Draws figures with matplotlib, which is imported here and nowhere else.
+
+Every text may come from a stranger's file: it is drawn as it is, with neither formulas nor escapes, and shortened. The same figure gives the
+same bytes every time, and matplotlib's global state is left alone.
+"""
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from io import BytesIO
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm, Normalize, SymLogNorm
+from matplotlib.figure import Figure as Canvas
+from matplotlib.font_manager import findfont, get_font
+from matplotlib.lines import Line2D
+from matplotlib.ticker import (
+    FixedLocator,
+    Formatter,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullLocator,
+    ScalarFormatter,
+)
+
+from plasticity_probe.errors import TraceError, UsageError
+from plasticity_probe.report.figures import figures
+from plasticity_probe.report.geometry import (
+    axes_width,
+    colour_limits,
+    grid_of,
+    height_of_lines,
+    positions_of,
+    ratio_limits,
+    spread,
+    symlog_ticks,
+)
+from plasticity_probe.report.panels import Curve, Dots, Figure, HeatMap, Lines, Numbers, Panel, Points, Role, Scale
+from plasticity_probe.report.wording import file_names, plain, power_of_ten, shortened
+from plasticity_probe.trace.reader import open_trace
+
+DPI = 200
+STEPS = [1, 2, 2.5, 5, 10]
+FONT = "DejaVu Sans"
+LONGEST = {"title": 120, "panel": 110, "label": 72, "axis": 80, "legend": 90, "caption": 1500}
+"""The most characters of each kind of text."""
+
+_PALETTE: list[Any] = list(sns.color_palette("colorblind"))
+BLUE, ORANGE, GREEN = (_PALETTE[at] for at in (0, 1, 2))
+COLOURS: dict[Role, Any] = {
+    "checkpoint": BLUE,
+    "run": BLUE,
+    "mean": BLUE,
+    "last": BLUE,
+    "first": GREEN,
+    "fresh": ORANGE,
+}
+WIDTHS: dict[Role, float] = {"run": 0.5, "mean": 1.8, "checkpoint": 1.3, "first": 1.1, "last": 1.1, "fresh": 1.1}
+MARKERS: dict[Role, str] = {"checkpoint": "o", "last": "o", "first": "o", "mean": "o", "run": ".", "fresh": "D"}
+
+
+def draw(figure: Figure, path: Path) -> tuple[Path, Path]:
+    """Draws a figure into a PNG file of 200 dots per inch and a PDF file.
+
+    Args:
+        figure: What to draw.
+        path: Where, without suffix or with either of the two; the folder must exist.
+
+    Returns:
+        The PNG and the PDF file.
+
+    Raises:
+        TraceError: A file cannot be written.
+        UsageError: The figure has no panel.
+    """
+    stem = path.with_suffix("") if path.suffix in (".png", ".pdf") else path
+    paths = stem.with_name(stem.name + ".png"), stem.with_name(stem.name + ".pdf")
+    for target, content in zip(paths, _rendered(figure), strict=True):
+        _write(target, content)
+    return paths
+
+
+def draw_trace(trace: Path, folder: Path | None = None) -> list[Path]:
+    """Draws all figures of a trace.
+
+    Args:
+        trace: The trace file.
+        folder: Where the figures go; `<stem of the trace>-figures` beside it by default. Made if it does not exist.
+
+    Returns:
+        The files, a PNG and a PDF for each figure; none where there is nothing to draw.
+
+    Raises:
+        TraceError: The trace cannot be read, or a figure cannot be written.
+    """
+    wanted = figures(open_trace(trace))
+    folder = trace.with_name(f"{trace.stem}-figures") if folder is None else folder
+    if wanted:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TraceError(f"expected to make the folder {folder} for figures: {error}; name another one") from error
+    names = file_names(figure.name for figure in wanted)
+    return [path for name, figure in zip(names, wanted, strict=True) for path in draw(figure, folder / name)]
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise TraceError(f"expected to write the figure {path}: {error}; name another folder or make room") from error
+
+
+def _rendered(figure: Figure) -> tuple[bytes, bytes]:
+    with _style():
+        canvas = _laid_out(figure)
+        png, pdf = BytesIO(), BytesIO()
+        canvas.savefig(png, format="png", dpi=DPI, metadata={"Software": None})
+        canvas.set_layout_engine("none")  # it is settled; settling it again for the second file would only cost time
+        canvas.savefig(pdf, format="pdf", dpi=DPI, metadata={"Creator": None, "Producer": None, "CreationDate": None})
+    return png.getvalue(), pdf.getvalue()
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    own = {
+        "text.parse_math": False,
+        "text.usetex": False,
+        "font.family": [FONT],
+        "axes.formatter.use_mathtext": False,
+        "axes.unicode_minus": True,
+        "axes.titlesize": 8.5,
+        "axes.labelsize": 8,
+        "xtick.labelsize": 7.5,
+        "ytick.labelsize": 7.5,
+        "legend.fontsize": 8,
+        "axes.titlelocation": "left",
+        "pdf.fonttype": 42,
+        "path.simplify": True,
+        "savefig.bbox": None,
+        "figure.facecolor": "white",
+    }
+    with mpl.rc_context():
+        mpl.rcdefaults()  # a user's matplotlibrc would make the same figure look different elsewhere
+        settings: Any = mpl.rcParams
+        settings.update({**sns.plotting_context("paper"), **sns.axes_style("ticks"), **own})
+        yield
+
+
+def _laid_out(figure: Figure) -> Canvas:
+    """Panels in a grid under the title, the legend under them, the caption at the foot."""
+    if not figure.panels:
+        raise UsageError(f"expected a figure with at least one panel, got none in {plain(figure.name)[:60]!r}")
+    columns, rows, width, height = grid_of(figure.panels)
+    room = axes_width(figure.panels)
+    title = _wrapped(figure.title, "title", int(width * 12.5))
+    caption = _wrapped(figure.caption, "caption", int(width * 18.5))
+    foot = 0.14 * (caption.count("\n") + 1) + 0.12
+    handles = _handles(figure.panels)
+    body = rows * height + 0.2 * (title.count("\n") + 1) + 0.2 * ceil(len(handles) / 3) + 0.15
+    canvas = Canvas(figsize=(width, body + foot), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(canvas)
+    parts: Any = canvas.subfigures(2, 1, height_ratios=[body, foot])
+    upper, lower = parts
+    upper.suptitle(title, x=0.012, ha="left", fontsize=11)
+    grid = upper.subplots(rows, columns, squeeze=False).ravel()
+    for number, (axes, panel) in enumerate(zip(grid, figure.panels, strict=False)):
+        axes.set_title(_wrapped(panel.title, "panel", int(room * 14)), fontsize=8.5)
+        _draw_panel(axes, panel, first=number % columns == 0)
+    for axes in grid[len(figure.panels) :]:
+        axes.remove()
+    if handles:
+        names = [_shown(label, "legend") for label in handles]
+        upper.legend(list(handles.values()), names, loc="outside lower left", ncols=3, frameon=False, fontsize=7.5)
+    lower.text(0.012, 1.0, caption, ha="left", va="top", fontsize=7, color="0.25", linespacing=1.25, wrap=False)
+    return canvas
+
+
+def _draw_panel(axes: Axes, panel: Panel, *, first: bool) -> None:
+    match panel:
+        case Lines():
+            _draw_lines(axes, panel)
+        case HeatMap():
+            _draw_heat_map(axes, panel, labelled=first)
+        case Dots():
+            _draw_dots(axes, panel, labelled=first)
+    if not isinstance(panel, HeatMap):
+        sns.despine(ax=axes)
+
+
+def _draw_lines(axes: Axes, panel: Lines) -> None:
+    if panel.level is not None:
+        level = panel.level
+        if level.upper > level.lower:
+            axes.axhspan(level.lower, level.upper, color=COLOURS["fresh"], alpha=0.18, linewidth=0)
+        axes.axhline(level.value, color=COLOURS["fresh"], linestyle="--", linewidth=WIDTHS["fresh"])
+    floor = panel.limits[0] * 1e-3 if panel.limits else -np.inf
+    for curve in panel.curves:
+        _draw_curve(axes, curve, floor, panel.whole)
+    _scaled(axes, "y", panel.scale, panel.limits)
+    axes.set_xlabel(_shown(panel.x_label, "axis"))
+    axes.set_ylabel(_shown(panel.y_label, "axis"))
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=STEPS, integer=panel.whole))
+    axes.xaxis.set_major_formatter(_linear_formatter())
+
+
+def _draw_curve(axes: Axes, curve: Curve, floor: float, whole: bool) -> None:
+    colour, thin = COLOURS[curve.role], curve.role == "run"
+    y, alone = np.maximum(curve.y, floor), _alone(curve.y)
+    if curve.lower is not None and curve.upper is not None:
+        lower, upper = np.maximum(curve.lower, floor), np.maximum(curve.upper, floor)
+        axes.fill_between(curve.x, lower, upper, color=colour, alpha=0.18, linewidth=0)
+        axes.vlines(curve.x[alone], lower[alone], upper[alone], color=colour, alpha=0.4, linewidth=2.5)
+    stroke = "--" if curve.role == "fresh" else "-"
+    axes.plot(curve.x, y, color=colour, linestyle=stroke, linewidth=WIDTHS[curve.role], alpha=0.5 if thin else 1)
+    marked = ~np.isnan(y) if whole and not thin and curve.x.size <= 40 else alone
+    if marked.any():
+        axes.plot(curve.x[marked], y[marked], **_dot(curve.role, colour, size=3))
+    if curve.doubtful is not None and curve.doubtful.any():
+        axes.plot(curve.x[curve.doubtful], y[curve.doubtful], **_dot(curve.role, "white"))
+
+
+def _dot(role: Role, face: Any, size: float = 4) -> dict[str, Any]:
+    dot = {"linestyle": "", "marker": MARKERS[role], "markersize": size, "color": COLOURS[role]}
+    return {**dot, "markerfacecolor": face}
+
+
+def _alone(y: Numbers) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Points without a neighbour: no line goes through them."""
+    known = np.concatenate([[False], ~np.isnan(y), [False]])
+    return known[1:-1] & ~known[:-2] & ~known[2:]
+
+
+def _draw_heat_map(axes: Axes, panel: HeatMap, *, labelled: bool) -> None:
+    low, high = colour_limits(panel)
+    look: dict[str, Any] = {
+        "cmap": mpl.colormaps["vlag" if low < 0 else "viridis"],
+        "norm": _norm(panel.scale, low, high),
+    }
+    lines, columns = panel.values.shape
+    rows, left, ticks, names = np.arange(lines + 1) - 0.5, -0.5, [], []
+    if panel.fresh is not None:
+        gap, wide = max(0.3, columns / 40), max(1.0, columns / 15)
+        left -= gap + wide
+        axes.pcolormesh([left, left + wide], rows, np.ma.masked_invalid(panel.fresh[:, None]), **look)
+        axes.axvspan(left + wide, -0.5, color="white", zorder=3)
+        ticks, names = [left + wide / 2], ["fresh"]
+    values, edges = np.ma.masked_invalid(panel.values), np.arange(columns + 1) - 0.5
+    mesh = axes.pcolormesh(edges, rows, values, rasterized=values.size > 3000, **look)
+    axes.set(xlim=(left, columns - 0.5), ylim=(lines - 0.5, -0.5), facecolor="0.8")
+    ticks, names = [*ticks, *spread(columns, 8)], [*names, *(panel.columns[at] for at in spread(columns, 8))]
+    upright = max(map(len, names)) * len(names) > 22
+    axes.set_xticks(ticks, [_shown(name, "label") for name in names], rotation=90 if upright else 0)
+    axes.set_xlabel(_shown(panel.x_label, "axis"))
+    _label_axis(axes, panel.labels, np.arange(lines), labelled)
+    assert axes.figure is not None
+    bar = axes.figure.colorbar(mesh, ax=axes, fraction=0.06, pad=0.03, aspect=height_of_lines(lines) / 0.11)
+    bar.set_label(_shown(panel.value_label, "axis"), fontsize=7.5)
+    bar.ax.tick_params(labelsize=7)
+    _ticked(bar.ax.yaxis, panel.scale, low, high)
+    bar.ax.yaxis.get_offset_text().set_fontsize(7)
+
+
+def _norm(scale: Scale, low: float, high: float) -> Normalize:
+    match scale.kind:
+        case "log":
+            return LogNorm(low, high)
+        case "symlog":
+            return SymLogNorm(scale.threshold, vmin=low, vmax=high)
+        case "linear":
+            return Normalize(low, high)
+
+
+def _draw_dots(axes: Axes, panel: Dots, *, labelled: bool) -> None:
+    positions, headings = positions_of(panel)
+    across = axes.get_yaxis_transform()
+    if panel.reference is not None:
+        axes.axvline(panel.reference, color="0.5", linewidth=0.8, zorder=1)
+    axes.hlines(positions, 0, 1, color="0.9", linewidth=0.6, zorder=0, transform=across)
+    for number, points in enumerate(panel.points):
+        _draw_points(axes, points, positions + 0.32 * (number - (len(panel.points) - 1) / 2))
+    _label_axis(axes, panel.labels, positions, labelled)
+    bold: dict[str, Any] = {"ha": "right", "va": "center", "fontsize": 7.5, "fontweight": "bold", "transform": across}
+    for position, heading in headings:
+        axes.text(-0.02, position, _shown(heading, "label"), **bold)
+    for position, note in zip(positions, panel.notes, strict=False):
+        axes.text(1.02, position, _shown(note, "label"), va="center", fontsize=7, color="0.3", transform=across)
+    axes.set_ylim(float(positions.max(initial=0)) + 0.7, -0.7)
+    _scaled(axes, "x", panel.scale, ratio_limits(panel))
+    axes.set_xlabel(_shown(panel.x_label, "axis"))
+
+
+def _draw_points(axes: Axes, points: Points, positions: Numbers) -> None:
+    if points.lower is not None and points.upper is not None:
+        axes.hlines(positions, points.lower, points.upper, color=COLOURS[points.role], alpha=0.45, linewidth=2.2)
+    axes.plot(points.values, positions, **_dot(points.role, _face(points.role)))
+
+
+def _label_axis(axes: Axes, labels: Sequence[str], positions: Numbers, labelled: bool) -> None:
+    names = [_shown(label, "label") for label in labels] if labelled else []
+    axes.yaxis.set_major_locator(FixedLocator([float(at) for at in positions]))
+    axes.set_yticks(positions, names or [""] * len(labels), fontsize=6.3 if len(labels) > 40 else 7.2)
+    axes.tick_params(axis="y", length=0)
+
+
+def _scaled(axes: Axes, name: str, scale: Scale, limits: tuple[float, float] | None) -> None:
+    options = {"linthresh": scale.threshold} if scale.kind == "symlog" else {}
+    (axes.set_xscale if name == "x" else axes.set_yscale)(scale.kind, **options)
+    axis = axes.xaxis if name == "x" else axes.yaxis
+    if limits is not None:
+        (axes.set_xlim if name == "x" else axes.set_ylim)(*limits)
+    _ticked(axis, scale, *sorted(axis.get_view_interval()))
+
+
+def _ticked(axis: Any, scale: Scale, low: float, high: float) -> None:
+    """Ticks whose labels need no formula: powers of ten in small raised digits."""
+    axis.set_minor_locator(NullLocator())
+    if scale.kind == "linear":
+        axis.set_major_locator(MaxNLocator(5, steps=STEPS))
+        axis.set_major_formatter(_linear_formatter())
+        return
+    if scale.kind == "log":
+        narrow = low > 0 and high / low < 50
+        locator = LogLocator(10, subs=(1.0, 2.0, 5.0) if narrow else (1.0,), numticks=6)
+    else:
+        locator = FixedLocator(symlog_ticks(low, high, scale.threshold))
+    axis.set_major_locator(locator)
+    axis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(value)))
+
+
+def _linear_formatter() -> Formatter:
+    formatter = ScalarFormatter(useOffset=False, useMathText=False)
+    formatter.set_powerlimits((-3, 5))
+    return formatter
+
+
+def _handles(panels: Sequence[Panel]) -> dict[str, Line2D]:
+    """The entries of the legend: what is labelled alike is drawn alike in all panels."""
+    found: dict[str, Line2D] = {}
+    for panel in panels:
+        if isinstance(panel, Lines):
+            for curve in panel.curves:
+                found.setdefault(curve.label, _line_handle(curve.role, panel.whole and curve.role != "run"))
+            if panel.level is not None:
+                found.setdefault(panel.level.label, _line_handle("fresh", False))
+            if any(c.doubtful is not None and (c.doubtful & ~np.isnan(c.y)).any() for c in panel.curves):
+                found.setdefault("did not end well", Line2D([], [], **_dot("checkpoint", "white")))
+        elif isinstance(panel, Dots):
+            for points in panel.points:
+                found.setdefault(points.label, Line2D([], [], **_dot(points.role, _face(points.role))))
+    return found
+
+
+def _line_handle(role: Role, marked: bool) -> Line2D:
+    stroke, marker = "--" if role == "fresh" else "-", MARKERS[role] if marked else ""
+    return Line2D([], [], color=COLOURS[role], linestyle=stroke, linewidth=WIDTHS[role], marker=marker, markersize=3)
+
+
+def _face(role: Role) -> Any:
+    return "white" if role == "fresh" else COLOURS[role]
+
+
+def _wrapped(text: str, kind: str, width: int) -> str:
+    return textwrap.fill(_shown(text, kind), max(width, 12), break_long_words=True)
+
+
+def _shown(text: str, kind: str) -> str:
+    """Text that can be drawn: one line, shortened, and a replacement for every character the font lacks."""
+    known = _characters()
+    return "".join(c if ord(c) in known else "\N{REPLACEMENT CHARACTER}" for c in shortened(plain(text), LONGEST[kind]))
+
+
+@cache
+def _characters() -> frozenset[int]:
+    return frozenset(get_font(findfont(FONT)).get_charmap())
