@@ -181,8 +181,8 @@ def _striking(shown: Table) -> list[str]:
             continue
         strength = _strength(value, base)
         if strength >= math.log(STRIKING):
-            where = f" ({line.where})" if line.where else ""
-            subject = f"{_capital(line.meaning)}{where}: {number(value)}"
+            where = f", {line.where}" if line.where else ""
+            subject = f"{_capital(line.meaning)} ({line.probe}{where}): {number(value)}"
             measured.append(
                 (
                     strength,
@@ -196,7 +196,8 @@ def _strength(value: float, base: float) -> float:
     if value == base:
         return 0.0
     if value == 0 or base == 0 or value * base < 0:
-        return math.log(1e6)
+        # No factor tells how much that is, so it is said after everything that has one.
+        return math.log(STRIKING)
     return abs(math.log(value / base))
 
 

@@ -26,6 +26,7 @@ from plasticity_probe.data.dataset import DataSet, Split
 from plasticity_probe.data.sources import load_data
 from plasticity_probe.errors import TraceError, UsageError
 from plasticity_probe.network.fresh import fresh_network
+from plasticity_probe.network.isolation import one_thread
 from plasticity_probe.probe import Probe
 from plasticity_probe.probes.spectrum import HessianSpectrum
 from plasticity_probe.study import resolve_probes, study
@@ -67,6 +68,7 @@ class Demonstration:
     findings: tuple[str, ...]
 
 
+@one_thread()
 def demonstrate(
     out: Path,
     *,
@@ -102,7 +104,6 @@ def demonstrate(
     learned, unseen = stream[:-1], stream[-1]
     finished = _finished_step(tasks, settings)
 
-    # The analysis draws its own fresh network under seed * 1000 (`Study.fresh_subject`); these two must be others.
     outcomes = _trained(learned, settings, out / CHECKPOINTS, f"demo seed {seed}", seed * 1000 + 1, progress)
     (fresh_start,) = _trained(
         learned[-1:], settings, out / FRESH_START, f"fresh start seed {seed}", seed * 1000 + 2, progress

@@ -69,8 +69,8 @@ def test_what_stands_out_is_said_and_what_does_not_is_not() -> None:
             row(network="fresh", rank=scalar(b), size=scalar(1, role="context")),
         ]
 
-    assert "Rank: 2 against 10 in a fresh network, 5 times less." in findings(rows(2, 10))
-    assert "Rank: 0 against 10 in a fresh network." in findings(rows(0, 10))
+    assert "Rank (fisher_rank): 2 against 10 in a fresh network, 5 times less." in findings(rows(2, 10))
+    assert "Rank (fisher_rank): 0 against 10 in a fresh network." in findings(rows(0, 10))
     assert not any("Rank" in sentence or "Size" in sentence for sentence in findings(rows(9, 10)))
 
 

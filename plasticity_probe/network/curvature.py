@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from plasticity_probe.errors import BudgetError, SubjectError, UnknownNameError
-from plasticity_probe.linalg.lanczos import ExtremeEigenpairs, Krylov, extreme_eigenpairs
+from plasticity_probe.linalg.inspection import EigenStatus
+from plasticity_probe.linalg.lanczos import Eigenpairs, ExtremeEigenpairs, Krylov, extreme_eigenpairs
 from plasticity_probe.network.examples import Batch
 from plasticity_probe.network.losses import Terms, inputs_and_targets
 from plasticity_probe.network.subject import Subject
@@ -27,6 +28,9 @@ from plasticity_probe.network.subject import Subject
 Matrix = Literal["hessian", "ggn", "fisher"]
 Product = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """What one chunk of examples adds to a product: parameter-shaped tensors in, the same out."""
+
+DENSE_BELOW = 512
+"""Up to this many parameters the matrix is formed and its whole spectrum is exact (our choice: a fraction of a second)."""
 
 KEPT = 4
 """Bytes of a kept second-order graph per byte of a first-order one (measured: 2 for a ResNet, 3 to 5 for GELU networks, GRU and transformer,
@@ -65,14 +69,14 @@ class CurvatureOperator:
         return self._subject.device
 
     def __matmul__(self, vectors: Tensor, /) -> Tensor:
-        columns = vectors.detach().unsqueeze(0) if vectors.ndim == 1 else vectors.detach().T.contiguous()
+        columns = vectors.detach().reshape(self.size, -1 if vectors.numel() else 0).T.contiguous()
         pieces = [list(self._subject.unflatten(column).values()) for column in columns]
         total = torch.zeros_like(columns)
         with torch.enable_grad():
             for product in self._products():
                 for row, piece in zip(total, pieces, strict=True):
                     row += torch.cat([part.reshape(-1) for part in product(piece)])
-        return total[0] if vectors.ndim == 1 else total.T
+        return total.T.reshape(vectors.shape)
 
     def __enter__(self) -> Self:
         return self
@@ -186,7 +190,9 @@ def eigenpairs(
         generator: The source of the start vectors. Callers that share a result pass generators in the same state.
 
     Returns:
-        Both ends with residuals and a status. Of the Krylov space only its coefficients are kept, not its basis.
+        Both ends with residuals and a status. Of the Krylov space only its coefficients are kept, not its basis. The Fisher and the Gauss-Newton
+        matrix have no negative eigenvalues and a rank of at most N and N times the outputs: where that leaves k zeros, these are the
+        smallest, without a search and without vectors.
 
     Raises:
         BudgetError: Not even the eigenvectors asked for fit the memory.
@@ -196,12 +202,41 @@ def eigenpairs(
     def compute() -> ExtremeEigenpairs:
         steps = krylov_vectors(subject, k, max_products) // 2
         with curvature(subject, matrix) as operator:
+            zeros = operator.size > DENSE_BELOW and operator.size - rank_limit(subject, matrix) >= k
             found = extreme_eigenpairs(
-                operator, k, k, generator=generator, tol=tol, max_steps=steps, max_products=max_products
+                operator,
+                k,
+                0 if zeros else k,
+                generator=generator,
+                tol=tol,
+                max_steps=steps,
+                max_products=max_products,
+                dense_below=DENSE_BELOW,
             )
-        return found._replace(krylov=_without_basis(found.krylov))
+        return found._replace(
+            krylov=_without_basis(found.krylov), bottom=_zeros(found.top, k) if zeros else found.bottom
+        )
 
     return subject.once(("eigenpairs", matrix, k, tol, max_products), compute)
+
+
+def rank_limit(subject: Subject, matrix: str) -> int:
+    """The largest rank that a curvature matrix can have.
+
+    Args:
+        subject: The network, its loss and its examples.
+        matrix: "hessian", "ggn" or "fisher".
+
+    Returns:
+        P for the Hessian; at most one for each example for the Fisher, and for each output of each example for the Gauss-Newton matrix.
+    """
+    if matrix == "hessian":
+        return subject.size
+    if matrix == "fisher":
+        return min(subject.size, len(subject.examples))
+    with torch.no_grad():
+        outputs = subject.outputs(subject.parameters, next(iter(subject.examples.chunks(1))))
+    return min(subject.size, len(subject.examples) * outputs[0].numel())
 
 
 def krylov_vectors(subject: Subject, k: int, max_products: int) -> int:
@@ -223,6 +258,14 @@ def krylov_vectors(subject: Subject, k: int, max_products: int) -> int:
             f"allowed, but {subject.memory / 1e9:.1f} GB are. Ask for fewer eigenvalues (k), or allow more memory."
         )
     return 2 * min(max_products, max(fits, least))
+
+
+def _zeros(top: Eigenpairs, k: int) -> Eigenpairs:
+    """The k smallest eigenvalues where they are known to be zero; NaN where the matrix is not finite."""
+    known = top.status in (EigenStatus.OK, EigenStatus.NOT_CONVERGED, EigenStatus.ZERO_OPERATOR)
+    values = torch.full((k,), 0.0 if known else float("nan"), dtype=torch.float64)
+    status = EigenStatus.OK if known else top.status
+    return replace(top, values=values, vectors=top.vectors[:, :0], residuals=values.clone(), status=status)
 
 
 def _without_basis(krylov: Krylov | None) -> Krylov | None:

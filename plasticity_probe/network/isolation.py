@@ -36,6 +36,17 @@ def isolated() -> Iterator[None]:
 
 
 @contextmanager
+def one_thread() -> Iterator[None]:
+    """Computes on one core: what small networks are fastest on, several times so where other work shares the machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def _full_precision_products() -> Iterator[None]:
     matmul = torch.backends.cuda.matmul.allow_tf32
     cudnn: Any = torch.backends.cudnn

@@ -111,7 +111,9 @@ class MemorizationProbe(Probe[Memorization]):
 
     Args:
         draws: Random vectors per example for the input-loss curvature; 10 as in Garg et al. 2023.
-        examples: Number of training and of held-out examples measured at most (our choice: an AUC with a standard error of about 0.025).
+        examples: Training examples whose input-loss curvature and gradients are measured (our choice: what ten products each make
+            affordable).
+        compared: Training and held-out examples whose losses are compared at most (our choice: an AUC with a standard error of about 0.01).
 
     Raises:
         UsageError: A setting is below 1.
@@ -119,6 +121,7 @@ class MemorizationProbe(Probe[Memorization]):
 
     draws: int = 10
     examples: int = 256
+    compared: int = 2000
 
     name: ClassVar[str] = "memorization"
     title: ClassVar[str] = "noise memorization"
@@ -126,14 +129,17 @@ class MemorizationProbe(Probe[Memorization]):
     returns: ClassVar[type[Measurement]] = Memorization
 
     def __post_init__(self) -> None:
-        if self.draws < 1 or self.examples < 1:
-            raise UsageError(f"expected draws and examples of at least 1, got {self.draws} and {self.examples}.")
+        if min(self.draws, self.examples, self.compared) < 1:
+            raise UsageError(
+                f"expected draws, examples and compared of at least 1, got {self.draws}, {self.examples} and {self.compared}."
+            )
 
     def cost(self, subject: Subject) -> Cost:
         """A gradient and, per draw, a curvature product for every training example, and a forward pass for all."""
-        count = min(self.examples, len(subject.training or subject.examples))
-        held_out = min(self.examples, len(subject.held_out)) if subject.held_out else 0
-        return Cost(forwards=count + held_out, gradients=2 * count, products=self.draws * count, vectors=2)
+        known = len(subject.training or subject.examples)
+        count, compared = min(self.examples, known), min(self.compared, known)
+        held_out = min(self.compared, len(subject.held_out)) if subject.held_out else 0
+        return Cost(forwards=compared + held_out, gradients=2 * count, products=self.draws * count, vectors=2)
 
     def measure(self, subject: Subject, generator: torch.Generator) -> Memorization:
         """Measures noise memorization; the generator draws the vectors of the input-loss curvature.
@@ -153,6 +159,7 @@ def memorization(
     noisy: Any = None,
     draws: int = 10,
     examples: int = 256,
+    compared: int = 2000,
     seed: int = 0,
     **options: Any,
 ) -> Memorization:
@@ -165,7 +172,8 @@ def memorization(
         noisy: Which labels are known to be wrong: booleans, one per example in the order of `loader`; or other batches, of wrongly labelled
             examples alone, when those of `loader` count as the clean ones. Without them the fit to noise is NaN.
         draws: Random vectors per example for the input-loss curvature.
-        examples: Number of examples read from each loader at most.
+        examples: Examples whose input-loss curvature and gradients are measured at most.
+        compared: Examples of each loader whose losses are compared at most.
         seed: Seed of the random vectors.
         options: training, loss, mode, dtype, device, memory (see `plasticity_probe.network.subject.subject`).
 
@@ -174,11 +182,12 @@ def memorization(
         DataError: A loader is empty, or `noisy` is no boolean tensor with an entry for every example.
         SubjectError: Model, loss and data do not go together.
     """
-    probe = MemorizationProbe(draws=draws, examples=examples)
+    probe = MemorizationProbe(draws=draws, examples=examples, compared=compared)
+    read = max(examples, compared)
     marks = torch.as_tensor(noisy) if hasattr(noisy, "__array__") else None
     with isolated():
-        made = subject(model, loader, examples=examples, seed=seed, held_out=held_out, noisy=marks, **options)
-        wrong = None if noisy is None or marks is not None else made.on(read_examples(noisy, examples))
+        made = subject(model, loader, examples=read, seed=seed, held_out=held_out, noisy=marks, **options)
+        wrong = None if noisy is None or marks is not None else made.on(read_examples(noisy, read))
         return _measured(probe, made, generator_for(seed, probe.name), wrong)
 
 
@@ -240,15 +249,16 @@ class _Part:
 def _measured(
     probe: MemorizationProbe, subject: Subject, generator: torch.Generator, wrong: Subject | None
 ) -> Memorization:
-    trained = (subject.on(subject.training) if subject.training else subject).take(probe.examples)
-    fit = _fit(trained)
-    unseen = _fit(subject.on(subject.held_out).take(probe.examples)) if subject.held_out else None
+    known = subject.on(subject.training) if subject.training else subject
+    trained = known.take(probe.examples)
+    fit = _fit(known.take(max(probe.examples, probe.compared)))
+    unseen = _fit(subject.on(subject.held_out).take(probe.compared)) if subject.held_out else None
     if wrong is not None:
         noisy, clean = _fit(wrong), fit
     else:
         noisy, clean = _split(fit, subject.noisy)
     parts = [
-        _curvature(trained, fit.counts > 0, probe.draws, generator),
+        _curvature(trained, fit.counts[: len(trained.examples)] > 0, probe.draws, generator),
         _gap(fit, unseen),
         _noise(noisy, clean),
         _directions(trained),

@@ -14,7 +14,11 @@ def touch(folder: Path, *names: str) -> None:
 
 def test_a_folder_gives_its_checkpoints_in_natural_order(tmp_path: Path) -> None:
     touch(tmp_path, "step10.pt", "step9.pt", "b/step1.safetensors", "notes.txt", "trace.h5")
-    assert [p.relative_to(tmp_path).as_posix() for p in find_checkpoints([tmp_path])] == ["b/step1.safetensors", "step9.pt", "step10.pt"]
+    assert [p.relative_to(tmp_path).as_posix() for p in find_checkpoints([tmp_path])] == [
+        "b/step1.safetensors",
+        "step9.pt",
+        "step10.pt",
+    ]
 
 
 def test_files_named_outright_may_have_any_name_and_come_once(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_fit_to_wrong_labels(fitted: bool) -> None:
 
 def test_marks_follow_the_examples_that_are_read() -> None:
     marks = np.arange(33) % 2 == 0
-    found = memorization(mlp(), RAGGED, noisy=marks, examples=10)
+    found = memorization(mlp(), RAGGED, noisy=marks, examples=10, compared=10)
     assert (found.noisy_examples, found.training_examples, len(found.curvature)) == (5, 10, 10)
     for bad in (torch.ones(5, dtype=torch.bool), torch.ones(33), torch.ones(33, 1, dtype=torch.bool)):
         with pytest.raises(DataError, match="booleans"):
@@ -163,13 +163,14 @@ def test_marks_follow_the_examples_that_are_read() -> None:
 def test_a_probe_takes_all_of_it_from_the_subject() -> None:
     marks, model = torch.arange(33) % 2 == 0, mlp()
     made = subject(model, RAGGED, held_out=read_examples(HELD_OUT), noisy=marks)
-    probe = MemorizationProbe(draws=3, examples=20)
+    probe = MemorizationProbe(draws=3, examples=20, compared=25)
     found = probe.measure(made, generator_for(0, probe.name))
-    twin = memorization(model, RAGGED, held_out=HELD_OUT, noisy=marks, draws=3, examples=20)
+    twin = memorization(model, RAGGED, held_out=HELD_OUT, noisy=marks, draws=3, examples=20, compared=25)
     assert found.to_dict() == twin.to_dict()
-    assert (found.training_examples, found.held_out_examples, found.noisy_examples) == (20, 20, 10)
+    assert (found.training_examples, found.held_out_examples, found.noisy_examples) == (25, 25, 13)
+    assert len(found.curvature) == 20
     cost = probe.cost(made)
-    assert (cost.forwards, cost.gradients, cost.products) == (40, 40, 60)
+    assert (cost.forwards, cost.gradients, cost.products) == (50, 40, 60)
 
 
 def cosines(weight: Tensor, gradient: Tensor) -> list[float]:
