@@ -1,13 +1,14 @@
 """Numbers beside their yardstick: the table of an analysis and the plain sentences under it, from the rows of a trace alone."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import cast
 
 import numpy as np
 
-from plasticity_probe.measurement import Field, Quantity, summarise
+from plasticity_probe.measurement import Field, Quantity, Role, Summary, summarise
 from plasticity_probe.trace.layout import Row
 
 STRIKING = 2.0
@@ -104,15 +105,14 @@ def headline_values(row: Row) -> dict[str, tuple[str, float]]:
     return found
 
 
-def quantity_of(attrs: "dict[str, str] | object") -> Quantity:
+def quantity_of(attrs: Mapping[str, str]) -> Quantity:
     """A stored variable's quantity, from its attributes."""
-    get = dict(attrs).get  # type: ignore[call-overload]
     return Quantity(
-        str(get("long_name", "")),
-        str(get("units", "1")),
-        get("summary", "none"),
-        str(get("shown", "True")) == "True",
-        get("role", "value"),
+        attrs.get("long_name", ""),
+        attrs.get("units", "1"),
+        cast(Summary, attrs.get("summary", "none")),
+        attrs.get("shown", "True") == "True",
+        cast(Role, attrs.get("role", "value")),
     )
 
 

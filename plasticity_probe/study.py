@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,9 @@ class Study:
     def fresh_subject(self, build: Callable[[], nn.Module], replicate: int) -> Subject:
         """The subject of a freshly initialised network whose BatchNorm statistics come from the study's examples."""
         with isolated():
-            made = self.subject(
+            # A fresh network is its own initialisation; its distance from the checkpoint's would say nothing.
+            without = replace(self, options={**self.options, "initial": None})
+            made = without.subject(
                 fresh_network(build, generator_for(self.seed, "fresh network", replicate).initial_seed())
             )
             settle_batchnorm(made)
@@ -397,4 +399,4 @@ def _held(held_out: Any, examples: int) -> Examples | None:
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(settings, default=lambda value: asdict(value) if is_dataclass(value) else str(value)))
+    return json.loads(json.dumps(settings, default=str))

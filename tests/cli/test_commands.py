@@ -20,7 +20,10 @@ def test_every_command_has_help(cli, command) -> None:
 
 
 def test_help_does_not_import_torch() -> None:
-    code = "import sys\nfrom plasticity_probe.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys\nfrom plasticity_probe.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False, stdout=subprocess.DEVNULL).returncode == 0
 
 

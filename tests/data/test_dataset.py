@@ -109,10 +109,10 @@ def test_a_subset_is_ascending_without_repeats_and_nested(size, n, seed):
 
 def test_a_subset_is_fixed_for_ever_and_leaves_global_generators_alone():
     split = Split(np.zeros((12, 1), np.float32), np.arange(12), np.arange(12) % 2 == 0)
-    before = repr(np.random.get_state())  # noqa: NPY002
+    before = repr(np.random.get_state())
     torch_before = torch.get_rng_state()
     part = split.subset(5, 3)
-    assert repr(np.random.get_state()) == before  # noqa: NPY002
+    assert repr(np.random.get_state()) == before
     assert torch.equal(torch.get_rng_state(), torch_before)
     raw = np.random.PCG64(3).random_raw(12).tolist()
     assert part.targets.tolist() == sorted(sorted(range(12), key=raw.__getitem__)[:5])
