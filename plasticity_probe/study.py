@@ -37,6 +37,9 @@ from plasticity_probe.references import is_reference, resolve
 Model = nn.Module | str | Path | Sequence[str | Path]
 Probes = Mapping[str, Probe[Measurement]]
 
+DECISIVE = ("loss", "mode", "dtype")
+"""Options that change what a number means; the others change how fast it comes."""
+
 EXAMPLES = 10_000
 """Examples read at most (our choice: the size of the usual test sets). Each probe says on how many of them it measures."""
 
@@ -135,18 +138,17 @@ class Study:
 
     def settings(self, label: str) -> dict[str, Any]:
         """What makes two rows of a label comparable: the probe's settings and the conditions it runs under."""
-        probe = self.probes[label]
-        options = {
-            key: str(value)
-            for key, value in self.options.items()
-            if value is not None and key not in ("initial", "memory", "device")
-        }
+        probe, m = self.probes[label], self.material
+        data = {"examples": m.examples, "training": m.training, "held_out": m.held_out}
+        initial = self.options.get("initial")
         return {
             "probe": probe.name,
             **_plain(probe.settings()),
-            **options,
+            **{key: _named(value) for key, value in self.options.items() if value is not None and key in DECISIVE},
+            **{f"{key}_sha256": examples.sha256 for key, examples in data.items() if examples is not None},
+            **({"initial_sha256": tensors_sha256(initial)} if initial else {}),
+            **({"noisy_sha256": tensors_sha256({"noisy": m.noisy})} if m.noisy is not None else {}),
             "seed": self.seed,
-            "examples_sha256": self.material.examples.sha256,
         }
 
     def _of_file(self, path: Path, index: int) -> Network:
@@ -270,10 +272,10 @@ def architecture_of(file: CheckpointFile, wanted: str | Callable[[], nn.Module] 
     return Architecture(wanted, {}, registry.load(registry.MODELS, wanted))
 
 
-def weights_sha256(model: nn.Module) -> str:
-    """Hash of a model's weights and buffers: names, shapes, types and bytes."""
+def tensors_sha256(tensors: Mapping[str, Any]) -> str:
+    """Hash of named tensors: names, shapes, types and bytes; what is no tensor does not count."""
     digest = sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors.items():
         if isinstance(tensor, Tensor):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -297,7 +299,7 @@ def _of_module(model: nn.Module) -> Network:
         build, notes = reinitialised(model), ()
     except ValueError as error:
         build, notes = None, (str(error),)
-    return Network(Checkpoint("model", 0, -1, "", weights_sha256(model)), model, build, notes)
+    return Network(Checkpoint("model", 0, -1, "", tensors_sha256(model.state_dict())), model, build, notes)
 
 
 def _paths(model: Model) -> nn.Module | tuple[Path, ...]:
@@ -396,6 +398,11 @@ def _shuffled(
 
 def _held(held_out: Any, examples: int) -> Examples | None:
     return held_out if held_out is None or isinstance(held_out, Examples) else read_examples(held_out, examples)
+
+
+def _named(value: Any) -> str:
+    """An option as text that is the same in the next process, which the representation of a function is not."""
+    return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else str(value)
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:

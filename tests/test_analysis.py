@@ -82,6 +82,25 @@ def test_a_trace_with_other_settings_is_refused_and_both_are_shown(tmp_path: Pat
     assert trace.read_bytes() == before
 
 
+def test_settings_are_the_same_in_the_next_process_and_differ_with_the_data() -> None:
+    def loss(model, batch):
+        return torch.nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    def settings(data=LOADER, **options):
+        return study(mlp(), data, probes=["memorization"], **options).settings("memorization")
+
+    assert " at 0x" not in str(settings(loss=loss))
+    assert settings(loss=loss) == settings(loss=loss)
+    others = [
+        settings(mode="train"),
+        settings(seed=1),
+        settings(held_out=LOADER),
+        settings([(X + 1, Y)]),
+        settings(initial=mlp().state_dict()),
+    ]
+    assert len({str(each) for each in [settings(), settings(loss=loss), *others]}) == 7
+
+
 def test_non_finite_weights_are_a_status_and_the_other_probes_still_run() -> None:
     model = mlp()
     with torch.no_grad():

@@ -16,7 +16,7 @@ FLOORS = [
     {"linalg", "measurement", "rank", "checkpoints", "data"},
     {"network", "training"},
     {"probe"},
-    {"probes", "record", "registry", "functional"},
+    {"probes", "record", "registry", "functional", "testing"},
     {"trace"},
     {"comparison", "study", "planning", "analysis", "demonstration"},
     {"report"},

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from plasticity_probe.checkpoints.prefixes import strip_prefixes
 from plasticity_probe.errors import SubjectError
 from plasticity_probe.measurement import Conditions
 from plasticity_probe.network.examples import Batch, Examples, read_examples, tensors_of
@@ -239,7 +240,7 @@ def subject(
         mode=mode,
         seed=seed,
         memory=memory or free_memory(shell.device) // 2,
-        initial=initial,
+        initial=_matched(initial, network) if initial else None,
         training=_read(training, examples),
         held_out=_read(held_out, examples),
         noisy=noisy,
@@ -358,6 +359,19 @@ def _check_runs(model: nn.Module, batch: Batch) -> None:
             f"the model does not run on these examples, whose tensors have the shapes {shapes}: {error}. Check that model and data belong "
             "together, or pass loss=lambda model, batch: ... that calls the model as it wants to be called."
         ) from error
+
+
+def _matched(initial: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """Initial weights under the network's own names, whatever wrapper they were saved from."""
+    wanted = {name for name, _ in network.named_parameters()}
+    names = strip_prefixes(initial, wanted)
+    found = {names[key]: value for key, value in initial.items() if names.get(key) in wanted}
+    if not found:
+        raise SubjectError(
+            f"expected initial weights with names such as {', '.join(sorted(wanted)[:3])}, got {', '.join(list(initial)[:3])}. Pass the "
+            "state dict of this network before training."
+        )
+    return found
 
 
 def _read(data: Iterable[Batch] | Examples | None, limit: int | None) -> Examples | None:

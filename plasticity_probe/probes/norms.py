@@ -274,7 +274,7 @@ class GradientNormsProbe(Probe[GradientNorms]):
     k: int | None = None
     tol: float = 1e-3
     examples: int = 128
-    max_products: int = 200
+    max_products: int = 400
 
     def __post_init__(self) -> None:
         if (self.k is not None and self.k < 1) or self.examples < 1 or not self.tol > 0:
@@ -364,7 +364,7 @@ def gradient_norms(
     k: int | None = None,
     tol: float = 1e-3,
     examples: int = 128,
-    max_products: int = 200,
+    max_products: int = 400,
     seed: int = 0,
     **options: Any,
 ) -> GradientNorms:

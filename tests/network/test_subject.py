@@ -126,6 +126,14 @@ def test_batchnorm_in_train_mode_leaves_its_buffers_alone() -> None:
     assert all(torch.equal(before[name], value) for name, value in made.model.state_dict().items())
 
 
+def test_initial_weights_are_found_under_any_prefix_and_foreign_ones_refused() -> None:
+    model = mlp()
+    made = subject(model, RAGGED, initial={f"module.{name}": value for name, value in mlp().state_dict().items()})
+    assert set(made.initial or ()) == set(dict(model.named_parameters()))
+    with pytest.raises(SubjectError, match="expected initial weights with names such as"):
+        subject(model, RAGGED, initial={"elsewhere": torch.zeros(1)})
+
+
 def test_a_memo_is_kept_per_set_of_examples() -> None:
     made = subject(mlp(), RAGGED)
     calls = []
