@@ -28,6 +28,7 @@ class Line:
         meaning: The quantity in words, with its units.
         role: "value", "uncertainty" or "context" (see `Quantity`).
         values: One number for each column of the table.
+        intervals: For each column but the ratio, the ends of the number's interval; NaN where none was measured.
     """
 
     probe: str
@@ -36,6 +37,7 @@ class Line:
     meaning: str
     role: str
     values: tuple[float, ...]
+    intervals: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -139,11 +141,23 @@ def _lines(label: str, columns: Sequence[Sequence[Row]]) -> Iterable[Line]:
             else ()
         )
         units = "" if quantity.units == "1" else f" [{quantity.units}]"
-        yield Line(label, name, where, quantity.meaning + units, quantity.role, (*means, *ratio))
+        intervals = tuple((_end(column, name, "lower"), _end(column, name, "upper")) for column in columns)
+        yield Line(label, name, where, quantity.meaning + units, quantity.role, (*means, *ratio), intervals)
 
 
 def _has_fresh(columns: Sequence[Sequence[Row]]) -> bool:
     return bool(columns[-1]) and columns[-1][0].network == "fresh"
+
+
+def _end(column: Sequence[Row], name: str, end: str) -> float:
+    found = [row.variables[f"{name}_{end}"].data for row in column if f"{name}_{end}" in row.variables]
+    return _mean(float(value) for value in found if value.ndim == 0)
+
+
+def _told_apart(line: Line, at: tuple[int, int]) -> bool:
+    """Whether two columns differ by more than the intervals of an estimate allow; numbers without intervals always do."""
+    (low, high), (base_low, base_high) = (line.intervals[column] for column in at)
+    return not (low <= base_high and base_low <= high)
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -173,11 +187,14 @@ def _striking(shown: Table) -> list[str]:
     if len(shown.columns) < 2:
         return []
     reference = "a fresh network" if "fresh" in shown.columns else shown.columns[0]
-    at = -3 if "fresh" in shown.columns else -2
+    last = len(shown.columns) - 2
+    at = (last - 1, last) if "fresh" in shown.columns else (last, 0)
     measured: list[tuple[float, str]] = []
     for line in shown.lines:
-        value, base = (line.values[at], line.values[-2]) if at == -3 else (line.values[1], line.values[0])
+        value, base = (line.values[column] for column in at)
         if line.probe == "performance" or line.role != "value" or math.isnan(value) or math.isnan(base):
+            continue
+        if not _told_apart(line, at):
             continue
         strength = _strength(value, base)
         if strength >= math.log(STRIKING):

@@ -74,6 +74,29 @@ def test_what_stands_out_is_said_and_what_does_not_is_not() -> None:
     assert not any("Rank" in sentence or "Size" in sentence for sentence in findings(rows(9, 10)))
 
 
+def test_estimates_whose_intervals_overlap_are_no_finding() -> None:
+    def rows(upper):
+        own = row(
+            rank=scalar(2), rank_lower=scalar(1, role="uncertainty"), rank_upper=scalar(upper, role="uncertainty")
+        )
+        fresh = row(
+            network="fresh",
+            rank=scalar(10),
+            rank_lower=scalar(8, role="uncertainty"),
+            rank_upper=scalar(12, role="uncertainty"),
+        )
+        return [own, fresh]
+
+    assert any(sentence.startswith("Rank (") for sentence in findings(rows(7)))
+    assert not any(sentence.startswith("Rank (") for sentence in findings(rows(9)))
+
+
+def test_a_series_without_a_fresh_network_is_compared_with_its_start() -> None:
+    assert "Rank (fisher_rank): 3 against 12 in step 0, 4 times less." in findings(
+        [row(step=0, rank=scalar(12)), row(step=5, rank=scalar(3))]
+    )
+
+
 def test_an_accuracy_no_better_than_untrained_questions_the_normalisation() -> None:
     def rows(own, fresh):
         return [row("performance", accuracy=scalar(own)), row("performance", network="fresh", accuracy=scalar(fresh))]

@@ -219,7 +219,8 @@ class HessianSpectrum(Probe[Spectrum]):
         steps: Lanczos steps of each (our choice, with `draws` and `examples`: see below).
         examples: Examples measured on, at most. Our choice: with these defaults a ResNet-20 on 32x32 images takes about 230 products, two
             minutes on two CPU cores. Averages over more examples are better estimates of the whole data's curvature.
-        max_products: Products after which the search for eigenpairs gives up (our choice: a trained ResNet-20 took 160, a fresh convolutional network 215).
+        max_products: Products after which the search for eigenpairs gives up (our choice: a trained ResNet-20 took 160, a fresh convolutional
+            network 215).
 
     Raises:
         UnknownNameError: There is no such matrix.
