@@ -21,12 +21,9 @@ from plasticity_probe.checkpoints.architectures import (
 )
 from plasticity_probe.checkpoints.formats import CheckpointFile, read_checkpoint
 from plasticity_probe.checkpoints.series import find_checkpoints, standing
-from plasticity_probe.data.dataset import DataSet, Split, UserLoader
-from plasticity_probe.data.factories import as_data
-from plasticity_probe.data.sources import NAMED, load_data
-from plasticity_probe.errors import DataError, PlanError, UnknownNameError, UsageError
+from plasticity_probe.errors import PlanError, UnknownNameError, UsageError
+from plasticity_probe.material import EXAMPLES, Material, Reading, material
 from plasticity_probe.measurement import Measurement
-from plasticity_probe.network.examples import Examples, keep, read_examples
 from plasticity_probe.network.fresh import fresh_network, reinitialised, settle_batchnorm
 from plasticity_probe.network.isolation import isolated
 from plasticity_probe.network.subject import Subject, subject
@@ -39,28 +36,6 @@ Probes = Mapping[str, Probe[Measurement]]
 
 DECISIVE = ("loss", "mode", "dtype")
 """Options that change what a number means; the others change how fast it comes."""
-
-EXAMPLES = 10_000
-"""Examples read at most (our choice: the size of the usual test sets). Each probe says on how many of them it measures."""
-
-
-@dataclass(frozen=True, eq=False)
-class Material:
-    """The examples of a study.
-
-    Args:
-        examples: What every probe measures on, in a random order fixed by the seed.
-        training: Examples the network was trained on, where known.
-        held_out: Examples it never saw, where known.
-        noisy: Marks those of `training` whose label is known to be wrong.
-        description: Where the examples come from and what was done to them.
-    """
-
-    examples: Examples
-    training: Examples | None
-    held_out: Examples | None
-    noisy: Tensor | None
-    description: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,9 +188,10 @@ def study(
     _attempt(problems, lambda: _check_architecture(architecture), None)
     if problems:
         raise PlanError(problems)
+    how = Reading(split, mean, std, examples, seed, held_out, noisy, data_root, download)
     with isolated():
-        material = _material(data, split, mean, std, examples, seed, held_out, noisy, data_root, download)
-    return Study(paths, architecture, material, chosen, fresh, seed, trust_pickle, options)
+        read = material(data, how)
+    return Study(paths, architecture, read, chosen, fresh, seed, trust_pickle, options)
 
 
 def resolve_probes(probes: Sequence[str | Probe[Any]] | Mapping[str, Probe[Any]] | None) -> Probes:
@@ -325,79 +301,6 @@ def _attempt(problems: list[str], work: Callable[[], Any], otherwise: Any) -> An
     except UsageError as error:
         problems.append(str(error))
         return otherwise
-
-
-def _material(
-    data: Any,
-    split: str | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    examples: int,
-    seed: int,
-    held_out: Any,
-    noisy: Tensor | None,
-    root: str | Path | None,
-    download: bool,
-) -> Material:
-    if isinstance(data, Examples):
-        return Material(
-            data.take(examples), data.take(examples), _held(held_out, examples), noisy, f"{len(data)} examples given"
-        )
-    named = {**NAMED, **registry.load_all(registry.DATA)}
-    found = (
-        load_data(data, root=root, download=download, named=named)
-        if isinstance(data, str | Path)
-        else as_data(data, "the given data")
-    )
-    if isinstance(found, UserLoader):
-        if split or mean or std:
-            raise UsageError(
-                f"split, mean and std belong to data sets; {found.name} is a loader, so let it split and normalise itself"
-            )
-        read = read_examples(found.loader, examples)
-        return Material(
-            read, read, _held(held_out, examples), noisy, f"{found.name}: {len(read)} examples as the loader gave them"
-        )
-    return _of_dataset(found, split, mean, std, examples, seed, held_out, noisy)
-
-
-def _of_dataset(
-    data: DataSet,
-    split: str | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    examples: int,
-    seed: int,
-    held_out: Any,
-    noisy: Tensor | None,
-) -> Material:
-    name = split or ("train" if "train" in data.splits else next(iter(data.splits)))
-    if name not in data.splits:
-        raise DataError(
-            f"{data.name} has no split {name!r}; it has: {', '.join(data.splits)}. Choose one of those with --split."
-        )
-    kept = {key: _shuffled(part, mean, std, examples, seed) for key, part in data.splits.items()}
-    other = next((key for key in data.splits if key != "train"), None) if "train" in data.splits else None
-    training, marks = kept.get("train", (None, None))
-    chosen = kept[name][0]
-    text = f"{data.name}, {name} split: {len(chosen)} of {len(data.splits[name])} examples, {data.splits[name].normalisation(mean, std)}"
-    held = _held(held_out, examples) if held_out is not None else kept[other][0] if other else None
-    return Material(chosen, training, held, noisy if noisy is not None else marks, text)
-
-
-def _shuffled(
-    part: Split, mean: Sequence[float] | None, std: Sequence[float] | None, examples: int, seed: int
-) -> tuple[Examples, Tensor | None]:
-    subset = part.subset(examples, seed)
-    # Files are often sorted by class; probes take the first examples, so these must be a random sample.
-    order = torch.randperm(len(subset), generator=torch.Generator().manual_seed(seed))
-    inputs, targets = subset.tensors(mean, std)
-    marks = torch.from_numpy(subset.noisy)[order] if subset.noisy is not None else None
-    return keep([(inputs[order], targets[order])]), marks
-
-
-def _held(held_out: Any, examples: int) -> Examples | None:
-    return held_out if held_out is None or isinstance(held_out, Examples) else read_examples(held_out, examples)
 
 
 def _named(value: Any) -> str:

@@ -18,7 +18,7 @@ FLOORS = [
     {"probe"},
     {"probes", "record", "registry", "functional", "testing"},
     {"trace"},
-    {"comparison", "study", "planning", "analysis", "demonstration"},
+    {"comparison", "material", "study", "planning", "analysis", "demonstration"},
     {"report"},
     {"cli"},
 ]
@@ -26,6 +26,7 @@ HEIGHT = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 WITHIN = {
     "rank": {"linalg", "measurement"},
     "planning": {"study"},
+    "study": {"material"},
     "analysis": {"comparison", "planning", "study"},
     "demonstration": {"analysis", "comparison", "study"},
     "references": {"errors"},

@@ -18,7 +18,8 @@ from plasticity_probe.network.curvature import curvature, eigenpairs, graph_byte
 from plasticity_probe.network.examples import keep
 from plasticity_probe.network.gradients import covariance_trace, gram, gram_plan, mean_gradient, squared_mean_norm
 from plasticity_probe.network.losses import Loss, Terms, cross_entropy_terms, inputs_and_targets
-from plasticity_probe.network.subject import Subject, private_copy
+from plasticity_probe.network.private_copy import private_copy
+from plasticity_probe.network.subject import Subject
 from plasticity_probe.probe import Cost, Need, Probe, generator_for, measured
 
 NAN = float("nan")

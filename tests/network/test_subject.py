@@ -9,7 +9,8 @@ from torch import nn
 
 from plasticity_probe.errors import SubjectError
 from plasticity_probe.network.isolation import isolated
-from plasticity_probe.network.subject import private_copy, subject
+from plasticity_probe.network.private_copy import private_copy
+from plasticity_probe.network.subject import subject
 
 torch.manual_seed(0)
 X, Y = torch.randn(33, 4), torch.randint(0, 3, (33,))

@@ -7,9 +7,11 @@ keeps rows in memory until the end.
 import json
 import os
 import random
+import select
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -57,11 +59,27 @@ def start(trace: Path, writer: int) -> tuple[int, int]:
     return child, reading
 
 
+def follow(pipes: list[int], told: list[list[int]], until: Callable[[int], bool]) -> None:
+    """Reads what the writers tell until one of them tells what is waited for, or for some seconds at most."""
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        ready, _, _ = select.select(pipes, [], [], 0.1)
+        for pipe in ready:
+            news = numbers(os.read(pipe, 1 << 16))
+            told[pipes.index(pipe)] += news
+            if any(until(one) for one in news):
+                return
+
+
 def drained(acks: int) -> list[int]:
     data = b""
     while block := os.read(acks, 1 << 16):
         data += block
     os.close(acks)
+    return numbers(data)
+
+
+def numbers(data: bytes) -> list[int]:
     return [int.from_bytes(data[at : at + 4], "little", signed=True) for at in range(0, len(data) - 3, 4)]
 
 
@@ -71,16 +89,26 @@ def main(trace: Path, kills: int, writers: int, way: str) -> None:
         TraceWriter.append = buffered  # type: ignore[method-assign,assignment]
     acked: dict[int, set[int]] = {writer: set() for writer in range(writers)}
     counts = {"kills": 0, "acked": 0, "lost": 0, "unasked": 0, "while closing": 0, "unreadable": 0}
+    turn = 0
     while counts["kills"] < kills:
         children = [start(trace, writer) for writer in range(writers)]
-        time.sleep(random.uniform(0.01, 0.15))
+        told: list[list[int]] = [[] for _ in children]
+        # In turn: as soon as a row is confirmed, a moment after a writer begins to close, and at any moment.
+        if turn % 3 < 2:
+            follow(
+                [acks for _, acks in children],
+                told,
+                (lambda one: one >= 0) if turn % 3 == 0 else (lambda one: one == -1),
+            )
+        time.sleep((0, random.uniform(0, 0.02), random.uniform(0.01, 0.15))[turn % 3])
+        turn += 1
         for child, _ in children:
             os.kill(child, signal.SIGKILL)
         for writer, (child, acks) in enumerate(children):
             assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-            told = drained(acks)
-            counts["while closing"] += bool(told) and told[-1] == -1
-            acked[writer] |= set(told) - {-1}
+            told[writer] += drained(acks)
+            counts["while closing"] += bool(told[writer]) and told[writer][-1] == -1
+            acked[writer] |= set(told[writer]) - {-1}
             counts["kills"] += 1
         try:
             rows = read_rows(trace) if any(acked.values()) else []
