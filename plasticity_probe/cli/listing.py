@@ -1,6 +1,6 @@
 """`probe list`: the names of probes, models and data sets, this package's and everybody else's."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -44,7 +44,7 @@ def _models() -> list[tuple[str, str]]:
     from plasticity_probe import registry
     from plasticity_probe.checkpoints.architectures import named_architectures
 
-    own = [(name, _first_line(build)) for name, build in sorted(named_architectures().items())]
+    own = [(name, _network(build)) for name, build in sorted(named_architectures().items())]
     return own + [(name, f"from {entry.value}") for name, entry in sorted(registry.registered(registry.MODELS).items())]
 
 
@@ -59,8 +59,11 @@ def _data() -> list[tuple[str, str]]:
     return own + [(name, f"from {entry.value}") for name, entry in sorted(registry.registered(registry.DATA).items())]
 
 
-def _first_line(thing: object) -> str:
-    return (getattr(thing, "__doc__", None) or "").strip().split("\n")[0]
+def _network(build: Any) -> str:
+    """What a name stands for: the network's own description, and the settings that the name fixes."""
+    text = (build.func.__doc__ or "").strip().split("\n")[0].rstrip(".")
+    fixed = ", ".join(f"{key} = {value}" for key, value in build.keywords.items())
+    return f"{text} ({fixed})" if fixed else text
 
 
 _NAMES = {"probes": _probes, "models": _models, "data": _data}
