@@ -42,7 +42,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """Quantities by columns: checkpoint, fresh and ratio; for a series its first and last checkpoint.
+    """Quantities by columns: checkpoint, fresh and ratio; for a series its first and last checkpoint, averaged over runs.
 
     Args:
         columns: Names of the columns.
@@ -63,15 +63,12 @@ def table(rows: Sequence[Row]) -> Table:
     """
     measured = sorted((row for row in rows if row.network == "checkpoint"), key=lambda row: row.step)
     fresh = [row for row in rows if row.network == "fresh"]
-    places = list(dict.fromkeys((row.run, row.step, row.checkpoint) for row in measured))
-    ends = [places[0], places[-1]] if len(places) > 1 else places
-    names = [f"step {step}" for _, step, _ in ends] if len(places) > 1 else ["checkpoint"]
-    columns = (*names, *(("fresh", "ratio") if fresh else ("ratio",) if len(ends) > 1 else ()))
+    ends = _ends(measured)
+    columns = (*(name for name, _ in ends), *(("fresh", "ratio") if fresh else ("ratio",) if len(ends) > 1 else ()))
     lines: list[Line] = []
     for label in dict.fromkeys(row.probe for row in rows):
         columns_of_rows = [
-            [row for row in measured if row.probe == label and (row.run, row.step, row.checkpoint) == end]
-            for end in ends
+            [row for row in measured if row.probe == label and _place(row) in places] for _, places in ends
         ]
         columns_of_rows += [[row for row in fresh if row.probe == label]] if fresh else []
         lines += _lines(label, columns_of_rows)
@@ -125,6 +122,26 @@ def number(value: float) -> str:
     if value == int(value) and abs(value) < 1e6 if math.isfinite(value) else False:
         return str(int(value))
     return f"{value:.4g}"
+
+
+Place = tuple[str, int, str]
+
+
+def _place(row: Row) -> Place:
+    return row.run, row.step, row.checkpoint
+
+
+def _ends(measured: Sequence[Row]) -> list[tuple[str, set[Place]]]:
+    """The columns of the checkpoints: the only one, or the first and the last of each run; several runs are averaged."""
+    runs: dict[str, list[Place]] = {}
+    for row in measured:
+        runs.setdefault(row.run, []).append(_place(row))
+    first, last = {places[0] for places in runs.values()}, {places[-1] for places in runs.values()}
+    if first == last:
+        return [("checkpoint" if len(runs) == 1 else f"mean of {len(runs)} runs", first)]
+    if len(runs) == 1:
+        return [(f"step {step}", {(run, step, path)}) for run, step, path in (*first, *last)]
+    return [(f"first of {len(runs)} runs", first), (f"last of {len(runs)} runs", last)]
 
 
 def _lines(label: str, columns: Sequence[Sequence[Row]]) -> Iterable[Line]:
@@ -226,7 +243,7 @@ def _times(value: float, base: float) -> str:
 
 
 def _limits(rows: Sequence[Row], shown: Table) -> list[str]:
-    places = {(row.run, row.step, row.checkpoint) for row in rows if row.network == "checkpoint"}
+    places = {_place(row) for row in rows if row.network == "checkpoint"}
     found: list[str] = []
     if len(places) == 1:
         found.append(

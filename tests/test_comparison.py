@@ -8,14 +8,22 @@ from plasticity_probe.trace.layout import Row, Variable
 
 
 def row(
-    probe="fisher_rank", network="checkpoint", step=0, status="ok", message="", replicate=0, labels=None, **values
+    probe="fisher_rank",
+    network="checkpoint",
+    step=0,
+    status="ok",
+    message="",
+    replicate=0,
+    labels=None,
+    run="r",
+    **values,
 ) -> Row:
     variables = {
         name: Variable(dims, np.asarray(data, float), {"long_name": name.replace("_", " "), **attrs})
         for name, (dims, data, attrs) in values.items()
     }
     return Row(
-        probe=probe, settings="{}", run="r", step=step, task=-1, checkpoint=f"c{step}", sha256=str(step), network=network, replicate=replicate,
+        probe=probe, settings="{}", run=run, step=step, task=-1, checkpoint=f"c{step}", sha256=str(step), network=network, replicate=replicate,
         status=status, message=message, seconds=1.0, peak_bytes=0, seed=0, labels=labels or {}, variables=variables,
     )  # fmt: skip
 
@@ -39,6 +47,18 @@ def test_a_series_shows_its_first_and_last_checkpoint() -> None:
     with_fresh = table([*rows, row(network="fresh", rank=scalar(5))])
     assert with_fresh.columns == ("step 0", "step 9", "fresh", "ratio")
     assert with_fresh.lines[0].values == (1, 10, 5, 2)
+
+
+def test_several_runs_are_averaged_at_their_own_first_and_last_checkpoint() -> None:
+    rows = [
+        row(run=run, step=step, rank=scalar(value))
+        for run, step, value in (("a", 0, 1), ("a", 9, 3), ("b", 5, 3), ("b", 7, 5))
+    ]
+    assert table(rows).columns == ("first of 2 runs", "last of 2 runs", "ratio")
+    assert table(rows).lines[0].values == (2, 4, 2)
+    ends = [row(run="a", rank=scalar(1)), row(run="b", step=3, rank=scalar(5))]
+    assert table(ends).columns == ("mean of 2 runs",)
+    assert table(ends).lines[0].values == (3,)
 
 
 def test_arrays_show_by_their_summary_and_hidden_ones_not() -> None:

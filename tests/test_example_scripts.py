@@ -31,7 +31,6 @@ def run(example: Path, folder: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_runs_and_answers_its_question(example: Path, tmp_path: Path) -> None:
     printed = run(example, tmp_path)
