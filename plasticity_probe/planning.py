@@ -1,8 +1,8 @@
 """What an analysis would cost, before anything is measured: passes, products, memory and, from one timed pass, minutes."""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ class PlanLine:
 
     Args:
         label: The probe's label.
-        cost: Its cost in examples, products and vectors.
+        cost: Its cost in examples, products and vectors, without what an earlier probe has spent for both.
         seconds: Predicted wall time.
         bytes: Predicted memory beyond weights and examples.
     """
@@ -58,13 +58,13 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Predicted wall time of the whole analysis."""
+        """Predicted wall time of the whole analysis, if every search takes as long as it may."""
         return (self.networks + self.fresh) * sum(line.seconds for line in self.lines)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings."""
         lines = [
-            {"label": line.label, **vars(line.cost), "seconds": line.seconds, "predicted_bytes": line.bytes}
+            {"label": line.label, **asdict(line.cost), "seconds": line.seconds, "predicted_bytes": line.bytes}
             for line in self.lines
         ]
         return {
@@ -89,7 +89,7 @@ def plan(study: Study) -> Plan:
         made = study.subject(network.model)
         check(study.probes, made)
         rates = _rates(made)
-        lines = tuple(_line(label, probe, made, rates) for label, probe in study.probes.items())
+        lines = _lines(study.probes, made, rates)
     parameters = made.conditions().parameters
     return Plan(study.material.description, study.size, study.fresh, parameters, lines, made.memory)
 
@@ -141,10 +141,17 @@ def memory_of(probe: Probe[Measurement], subject: Subject) -> int:
     return vectors + cost.bytes + subject.chunk * subject.activation_bytes
 
 
-def _line(label: str, probe: Probe[Measurement], subject: Subject, rates: "_Rates") -> PlanLine:
-    cost = probe.cost(subject)
-    seconds = cost.forwards * rates.forward + cost.gradients * rates.gradient + cost.products * rates.product
-    return PlanLine(label, cost, seconds, memory_of(probe, subject))
+def _lines(probes: Probes, subject: Subject, rates: "_Rates") -> tuple[PlanLine, ...]:
+    spent: set[Hashable] = set()
+    lines: list[PlanLine] = []
+    for label, probe in probes.items():
+        cost = probe.cost(subject)
+        already = sum(products for key, products in cost.shared if key in spent)
+        spent |= {key for key, _ in cost.shared}
+        own = replace(cost, products=cost.products - already, shared=())
+        seconds = own.forwards * rates.forward + own.gradients * rates.gradient + own.products * rates.product
+        lines.append(PlanLine(label, own, seconds, memory_of(probe, subject)))
+    return tuple(lines)
 
 
 @dataclass(frozen=True)

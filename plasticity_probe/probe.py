@@ -5,7 +5,7 @@ A probe never sees a step, a file or an axis. To add one, write a final frozen d
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, fields
 from enum import Flag, auto
 from hashlib import blake2b
@@ -42,9 +42,10 @@ class Cost:
     Args:
         forwards: Examples run forward.
         gradients: Examples run forward and backward.
-        products: Examples times curvature-vector products.
+        products: Examples times curvature-vector products, at most.
         vectors: Vectors of the size of the parameters held at the same time.
         bytes: Memory for anything else that grows with examples or parameters.
+        shared: Parts of `products` that are spent once for all probes that name the same key: (key, products) each.
     """
 
     forwards: int = 0
@@ -52,16 +53,7 @@ class Cost:
     products: int = 0
     vectors: int = 0
     bytes: int = 0
-
-    def __add__(self, other: "Cost") -> "Cost":
-        """Costs one after the other: work adds up, memory is that of the larger one."""
-        return Cost(
-            self.forwards + other.forwards,
-            self.gradients + other.gradients,
-            self.products + other.products,
-            max(self.vectors, other.vectors),
-            max(self.bytes, other.bytes),
-        )
+    shared: tuple[tuple[Hashable, int], ...] = ()
 
 
 class Probe(ABC, Generic[M]):

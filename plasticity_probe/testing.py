@@ -33,7 +33,9 @@ def check_probe(probe: Probe[Any], made: Subject | None = None) -> Measurement:
     before = _state(tried)
     json.dumps(probe.settings())
     cost = probe.cost(tried)
-    assert min(vars(cost).values()) >= 0, f"cost() must not be negative, got {cost}"
+    assert min(cost.forwards, cost.gradients, cost.products, cost.vectors, cost.bytes) >= 0, (
+        f"cost() must not be negative, got {cost}"
+    )
     first, second = _measured(probe, tried, 1), _measured(probe, tried, 2)
     assert _state(tried) == before, "measure() changed the subject's model, gradients, hooks or examples"
     assert type(first) is probe.returns, (

@@ -164,6 +164,13 @@ def test_a_plan_measures_nothing_and_says_what_it_would_cost() -> None:
     json.dumps(planned.to_dict())
 
 
+def test_a_plan_counts_what_probes_share_once() -> None:
+    lines = plan(study(mlp(), LOADER, probes=["hessian_spectrum", "gradient_norms"])).lines
+    alone = plan(study(mlp(), LOADER, probes=["gradient_norms"])).lines
+    assert lines[1].cost.products < alone[0].cost.products
+    assert lines[1].cost.products >= 0
+
+
 def test_data_sets_give_training_and_held_out_examples_in_a_random_order(tmp_path: Path) -> None:
     x, y = np.arange(80, dtype=np.float32).reshape(80, 1), np.repeat([0, 1], 40)
     np.savez(tmp_path / "sorted.npz", train_x=x, train_y=y, test_x=-x[:30], test_y=y[:30])

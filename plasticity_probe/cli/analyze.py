@@ -204,7 +204,7 @@ def show_plan(plan: "Plan", as_json: bool) -> None:
         "forwards, gradients and products count examples; products are examples times curvature-vector products, for one network."
     )
     out.print(
-        f"Together about {plan.seconds / 60:.1f} minutes; a measurement may use {plan.memory / 1e9:.1f} GB. Nothing was measured."
+        f"Together at most about {plan.seconds / 60:.1f} minutes; a measurement may use {plan.memory / 1e9:.1f} GB. Nothing was measured."
     )
 
 

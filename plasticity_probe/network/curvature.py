@@ -11,7 +11,7 @@ used: a Jacobian-vector product is the derivative of the vector-Jacobian product
 is never part of L.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 from typing import Literal, Self, cast
 
@@ -237,6 +237,23 @@ def rank_limit(subject: Subject, matrix: str) -> int:
     with torch.no_grad():
         outputs = subject.outputs(subject.parameters, next(iter(subject.examples.chunks(1))))
     return min(subject.size, len(subject.examples) * outputs[0].numel())
+
+
+def search_cost(
+    subject: Subject, matrix: str, k: int, tol: float, max_products: int
+) -> tuple[tuple[Hashable, int], ...]:
+    """What a search for eigenpairs costs at its longest, in examples times products, under the name that equal searches share.
+
+    Args:
+        subject: The network, its loss and its examples.
+        matrix: "hessian", "ggn" or "fisher".
+        k: Eigenvalues at each end.
+        tol: Relative residual of a converged pair.
+        max_products: Products that the search may spend.
+    """
+    count = len(subject.examples)
+    products = min(max_products, 2 * subject.size) if subject.size <= DENSE_BELOW else max_products
+    return ((("eigenpairs", matrix, k, tol, max_products, count), count * products),)
 
 
 def krylov_vectors(subject: Subject, k: int, max_products: int) -> int:

@@ -14,7 +14,7 @@ from plasticity_probe.linalg.dense import symmetric_eigenpairs, vector_norm
 from plasticity_probe.linalg.inspection import EigenStatus
 from plasticity_probe.linalg.lanczos import Eigenpairs, ExtremeEigenpairs, extreme_eigenpairs
 from plasticity_probe.measurement import Labels, Measurement, Quantity, Status, measurement
-from plasticity_probe.network.curvature import curvature, eigenpairs, graph_bytes, krylov_vectors
+from plasticity_probe.network.curvature import curvature, eigenpairs, graph_bytes, krylov_vectors, search_cost
 from plasticity_probe.network.examples import keep
 from plasticity_probe.network.gradients import covariance_trace, gram, gram_plan, mean_gradient, squared_mean_norm
 from plasticity_probe.network.losses import Loss, Terms, cross_entropy_terms, inputs_and_targets
@@ -275,7 +275,7 @@ class GradientNormsProbe(Probe[GradientNorms]):
     k: int | None = None
     tol: float = 1e-3
     examples: int = 128
-    max_products: int = 400
+    max_products: int = 300
 
     def __post_init__(self) -> None:
         if (self.k is not None and self.k < 1) or self.examples < 1 or not self.tol > 0:
@@ -295,6 +295,7 @@ class GradientNormsProbe(Probe[GradientNorms]):
             products=count * (self.max_products + 1),
             vectors=krylov_vectors(subject, self._pairs(self.k or PAIRS), self.max_products),
             bytes=max(graph_bytes(subject), plan.bytes),
+            shared=search_cost(subject, "hessian", self._pairs(self.k or PAIRS), self.tol, self.max_products),
         )
 
     def measure(self, subject: Subject, generator: torch.Generator) -> GradientNorms:  # noqa: ARG002 -- the search has its own seed
@@ -365,7 +366,7 @@ def gradient_norms(
     k: int | None = None,
     tol: float = 1e-3,
     examples: int = 128,
-    max_products: int = 400,
+    max_products: int = 300,
     seed: int = 0,
     **options: Any,
 ) -> GradientNorms:

@@ -27,6 +27,7 @@ from plasticity_probe.network.curvature import (
     graph_bytes,
     krylov_vectors,
     rank_limit,
+    search_cost,
 )
 from plasticity_probe.network.subject import Subject
 from plasticity_probe.probe import Cost, Need, Probe, generator_for, measured
@@ -239,7 +240,7 @@ class HessianSpectrum(Probe[Spectrum]):
     draws: int = 3
     steps: int = 20
     examples: int = 128
-    max_products: int = 400
+    max_products: int = 300
 
     def __post_init__(self) -> None:
         if self.matrix not in MATRICES:
@@ -260,6 +261,7 @@ class HessianSpectrum(Probe[Spectrum]):
             products=len(subject.examples) * (2 * subject.size if subject.size <= DENSE_BELOW else products),
             vectors=krylov_vectors(subject, self.k, self.max_products),
             bytes=graph_bytes(subject),
+            shared=search_cost(subject, self.matrix, self.k, self.tol, self.max_products),
         )
 
     def measure(self, subject: Subject, generator: torch.Generator) -> Spectrum:
@@ -354,7 +356,7 @@ def hessian_spectrum(
     draws: int = 3,
     steps: int = 20,
     examples: int = 128,
-    max_products: int = 400,
+    max_products: int = 300,
     seed: int = 0,
     **options: Any,
 ) -> Spectrum:
