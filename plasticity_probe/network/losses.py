@@ -128,6 +128,11 @@ def infer_loss(model: nn.Module, batch: Batch, examples: Iterable[Batch]) -> Los
     return _of_outputs("cross-entropy (inferred)", cross_entropy_terms)
 
 
+def class_axis(outputs: Tensor, targets: Tensor) -> int:
+    """The axis of the outputs that runs over classes: the last for tokens, (N, T, C) with targets (N, T), else axis 1."""
+    return -1 if outputs.ndim == 3 and outputs.shape[:2] == targets.shape else 1
+
+
 def cross_entropy_terms(outputs: Tensor, targets: Tensor) -> Terms:
     """Per example the summed cross-entropy over its positions (tokens, pixels) and their number; ignored targets count nothing.
 
@@ -135,7 +140,7 @@ def cross_entropy_terms(outputs: Tensor, targets: Tensor) -> Terms:
         outputs: Scores, (N, C), (N, T, C) for tokens, or (N, C, H, W) for pixels.
         targets: Classes, (N,), (N, T) or (N, H, W).
     """
-    scores = outputs.movedim(-1, 1) if outputs.ndim == 3 and outputs.shape[:2] == targets.shape else outputs
+    scores = outputs.movedim(class_axis(outputs, targets), 1)
     losses = F.cross_entropy(scores, targets, reduction="none", ignore_index=IGNORED)
     counted = (targets != IGNORED).to(losses)
     return losses.reshape(len(losses), -1).sum(1), counted.reshape(len(losses), -1).sum(1)
@@ -159,14 +164,14 @@ def check_classes(targets: Tensor, classes: int) -> None:
 
 
 def _classes(outputs: Tensor, targets: Tensor) -> int:
-    tokens = outputs.ndim == 3 and outputs.shape[:2] == targets.shape
+    axis = class_axis(outputs, targets)
     positions = (
         outputs.ndim == targets.ndim + 1
         and outputs.shape[0] == targets.shape[0]
         and outputs.shape[2:] == targets.shape[1:]
     )
-    classes = outputs.shape[-1] if tokens else outputs.shape[1] if outputs.ndim > 1 else 1
-    if not (tokens or positions) or classes < 2:
+    classes = outputs.shape[axis] if outputs.ndim > 1 else 1
+    if not (axis == -1 or positions) or classes < 2:
         raise SubjectError(
             f"cannot tell the loss: integer targets of shape {tuple(targets.shape)} and outputs of shape {tuple(outputs.shape)} are neither "
             "class scores (N, C) nor (N, T, C). For binary targets or counts pass loss=lambda model, batch: ... with one loss per example."

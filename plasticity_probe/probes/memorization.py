@@ -18,7 +18,7 @@ from plasticity_probe.network.examples import Batch, read_examples
 from plasticity_probe.network.gradients import mean_gradient
 from plasticity_probe.network.input_curvature import squared_input_products
 from plasticity_probe.network.isolation import isolated
-from plasticity_probe.network.losses import IGNORED, Terms, check_classes, inputs_and_targets
+from plasticity_probe.network.losses import IGNORED, Terms, check_classes, class_axis, inputs_and_targets
 from plasticity_probe.network.subject import LARGEST_CHUNK, Subject, subject
 from plasticity_probe.probe import Cost, Need, Probe, generator_for
 
@@ -290,7 +290,7 @@ def _fit_of_batch(
     if targets.is_floating_point():
         sums, counts = judge(outputs, targets)
         return sums, counts, torch.full_like(sums, NAN)
-    right = (outputs.argmax(_class_axis(outputs, targets)) == targets) & (targets != IGNORED)
+    right = (outputs.argmax(class_axis(outputs, targets)) == targets) & (targets != IGNORED)
     return *judge(outputs, targets), right.reshape(len(right), -1).sum(1)
 
 
@@ -302,13 +302,9 @@ def _check_labels(subject: Subject) -> None:
         return
     with torch.no_grad():
         outputs = subject.outputs(subject.parameters_or_none, few)
-    classes = outputs.shape[_class_axis(outputs, targets)]
+    classes = outputs.shape[class_axis(outputs, targets)]
     for batch in subject.examples.chunks(LARGEST_CHUNK):
         check_classes(cast(Tensor, inputs_and_targets(batch)[1]), classes)
-
-
-def _class_axis(outputs: Tensor, targets: Tensor) -> int:
-    return -1 if outputs.ndim == 3 and outputs.shape[:2] == targets.shape else 1
 
 
 def _split(fit: _Fit, marks: Tensor | None) -> tuple[_Fit | None, _Fit]:

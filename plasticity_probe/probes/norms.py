@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, NamedTuple, final
+from typing import Annotated, Any, ClassVar, NamedTuple, cast, final
 
 import torch
 from jaxtyping import Float
@@ -17,7 +17,7 @@ from plasticity_probe.measurement import Labels, Measurement, Quantity, Status, 
 from plasticity_probe.network.curvature import curvature, eigenpairs, graph_bytes, krylov_vectors, search_cost
 from plasticity_probe.network.examples import keep
 from plasticity_probe.network.gradients import covariance_trace, gram, gram_plan, mean_gradient, squared_mean_norm
-from plasticity_probe.network.losses import Loss, Terms, cross_entropy_terms, inputs_and_targets
+from plasticity_probe.network.losses import Loss, Terms, class_axis, cross_entropy_terms, inputs_and_targets
 from plasticity_probe.network.private_copy import private_copy
 from plasticity_probe.network.subject import Subject
 from plasticity_probe.probe import Cost, Need, Probe, generator_for, measured
@@ -395,11 +395,10 @@ def _classes(subject: Subject) -> int:
     if subject.loss.of_outputs is not cross_entropy_terms:
         return PAIRS
     batch = next(iter(subject.chunks(1)))
-    targets = inputs_and_targets(batch)[1]
+    targets = cast(Tensor, inputs_and_targets(batch)[1])
     with torch.no_grad():
         outputs = subject.outputs(subject.parameters_or_none, batch)
-    tokens = targets is not None and outputs.ndim == 3 and outputs.shape[:2] == targets.shape
-    return min(PAIRS, outputs.shape[-1 if tokens else 1])
+    return min(PAIRS, outputs.shape[class_axis(outputs, targets)])
 
 
 def _energy(gradient: Tensor, top: Eigenpairs, k: int) -> float:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from plasticity_probe.measurement import Measurement, Quantity, Status, measurement
-from plasticity_probe.network.losses import IGNORED, inputs_and_targets
+from plasticity_probe.network.losses import IGNORED, class_axis, inputs_and_targets
 from plasticity_probe.network.subject import Subject
 from plasticity_probe.probe import Cost, Need, Probe, measured
 
@@ -83,8 +83,7 @@ def _accuracy(subject: Subject) -> tuple[float, float]:
             return float("nan"), float("nan")
         with torch.no_grad():
             outputs = subject.outputs(subject.parameters_or_none, batch)
-        tokens = outputs.ndim == 3 and outputs.shape[:2] == targets.shape
-        guessed = outputs.argmax(-1 if tokens else 1)
+        guessed = outputs.argmax(class_axis(outputs, targets))
         counted = targets != IGNORED
         right += int((guessed == targets)[counted].sum())
         total += int(counted.sum())
