@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from plasticity_probe.probes.memorization import Memorization, memorization
     from plasticity_probe.probes.norms import GradientNorms, WeightNorms, gradient_norms, weight_norms
     from plasticity_probe.probes.performance import Performance, performance
-    from plasticity_probe.probes.spectrum import Spectrum, hessian_spectrum
+    from plasticity_probe.probes.spectrum import hessian_spectrum
     from plasticity_probe.probes.units import UnitActivity, dead_units
     from plasticity_probe.rank import Rank
+    from plasticity_probe.spectrum import Spectrum
     from plasticity_probe.trace.reader import open_trace
 
 __version__ = "0.1.0"
@@ -42,7 +43,7 @@ _HOMES = {
     "Probe": "probe",
     "Quantity": "measurement",
     "Rank": "rank",
-    "Spectrum": "probes.spectrum",
+    "Spectrum": "spectrum",
     "Status": "measurement",
     "Subject": "network.subject",
     "UnitActivity": "probes.units",

@@ -41,7 +41,7 @@ def curvature_rank(
         examples: Read and measure no more than this many; None: 512 for the Fisher, 128 for the others (see `FisherRank`, `HessianSpectrum`).
         seed: Seed of the random vectors.
         options: loss, mode, dtype, device, memory (see `plasticity_probe.network.subject.subject`); for the Hessian and the Gauss-Newton
-            matrix also k, tol, draws, steps, max_products.
+            matrix also k, tol, accuracy, density_products, max_products.
 
     Returns:
         The rank: `float(rank)`, `rank.interval`, `rank.ceiling`, `rank.status`, and the other definitions beside it.

@@ -61,6 +61,11 @@ class Plan:
         """Predicted wall time of the whole analysis, if every search takes as long as it may."""
         return (self.networks + self.fresh) * sum(line.seconds for line in self.lines)
 
+    @property
+    def bytes(self) -> int:
+        """Predicted peak memory beyond weights and examples: that of the probe that takes most, as they run one after another."""
+        return max((line.bytes for line in self.lines), default=0)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings."""
         lines = [
@@ -74,6 +79,7 @@ class Plan:
             "parameters": self.parameters,
             "memory": self.memory,
             "seconds": self.seconds,
+            "predicted_bytes": self.bytes,
             "probes": lines,
         }
 
@@ -133,12 +139,18 @@ def _excess(label: str, probe: Probe[Measurement], subject: Subject) -> str:
 
 
 def memory_of(probe: Probe[Measurement], subject: Subject) -> int:
-    """Bytes that a probe needs beyond weights and examples: its vectors, its own arrays, and the activations of a chunk."""
-    if probe.needs is Need.WEIGHTS:
-        return probe.cost(subject).bytes
+    """Bytes that a probe needs beyond weights and examples: its vectors, its own arrays, and a pass over a chunk of examples.
+
+    The graphs of curvature-vector products and a pass are never there at the same time.
+
+    Args:
+        probe: The probe.
+        subject: What it would measure.
+    """
     cost = probe.cost(subject)
     vectors = cost.vectors * subject.size * subject.dtype.itemsize if cost.vectors else 0
-    return vectors + cost.bytes + subject.chunk * subject.activation_bytes
+    a_pass = 0 if probe.needs is Need.WEIGHTS else subject.chunk * subject.activation_bytes
+    return vectors + cost.bytes + max(cost.graphs, a_pass)
 
 
 def _lines(probes: Probes, subject: Subject, rates: "_Rates") -> tuple[PlanLine, ...]:

@@ -45,6 +45,7 @@ class Cost:
         products: Examples times curvature-vector products, at most.
         vectors: Vectors of the size of the parameters held at the same time.
         bytes: Memory for anything else that grows with examples or parameters.
+        graphs: Memory that is never there at the same time as a pass over a chunk of examples: the graphs of curvature-vector products.
         shared: Parts of `products` that are spent once for all probes that name the same key: (key, products) each.
     """
 
@@ -53,6 +54,7 @@ class Cost:
     products: int = 0
     vectors: int = 0
     bytes: int = 0
+    graphs: int = 0
     shared: tuple[tuple[Hashable, int], ...] = ()
 
 

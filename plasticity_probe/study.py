@@ -34,7 +34,7 @@ from plasticity_probe.references import is_reference, resolve
 Model = nn.Module | str | Path | Sequence[str | Path]
 Probes = Mapping[str, Probe[Measurement]]
 
-DECISIVE = ("loss", "mode", "dtype")
+DECISIVE = ("loss", "mode", "dtype", "parameters", "allow_tf32")
 """Options that change what a number means; the others change how fast it comes."""
 
 
@@ -67,7 +67,8 @@ class Study:
         fresh: How many fresh networks serve as the yardstick.
         seed: Seed of every random draw.
         trust_pickle: Whether code in a checkpoint may run.
-        options: What `plasticity_probe.network.subject.subject` takes besides: loss, mode, dtype, device, memory, initial.
+        options: What `plasticity_probe.network.subject.subject` takes besides: loss, mode, dtype, device, memory, initial, parameters,
+            allow_tf32.
     """
 
     model: nn.Module | tuple[Path, ...]
@@ -174,7 +175,7 @@ def study(
         download: Fetch a named data set that is not there.
         seed: Seed of every random draw.
         trust_pickle: Let code in a checkpoint run; only for files whose origin is known.
-        options: loss, mode, dtype, device, memory, initial (see `plasticity_probe.network.subject.subject`).
+        options: loss, mode, dtype, device, memory, initial, parameters, allow_tf32 (see `plasticity_probe.network.subject.subject`).
 
     Raises:
         PlanError: Unknown probes or settings that cannot be, all of them at once.

@@ -13,7 +13,7 @@ import plasticity_probe
 ROOT = Path(plasticity_probe.__file__).parent
 FLOORS = [
     {"errors", "references"},
-    {"linalg", "measurement", "rank", "checkpoints", "data"},
+    {"linalg", "measurement", "rank", "spectrum", "checkpoints", "data"},
     {"network", "training"},
     {"probe"},
     {"probes", "record", "registry", "functional", "testing"},
@@ -25,6 +25,7 @@ FLOORS = [
 HEIGHT = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 WITHIN = {
     "rank": {"linalg", "measurement"},
+    "spectrum": {"linalg", "measurement", "rank"},
     "planning": {"study"},
     "study": {"material"},
     "analysis": {"comparison", "planning", "study"},

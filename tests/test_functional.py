@@ -55,7 +55,7 @@ def test_fisher_spectrum_and_gram_agree_on_the_rank():
 def test_options_reach_subject_and_probe():
     net, loader = problem()
     assert probe.curvature_rank(net, loader, examples=7).conditions.examples == 7
-    few = probe.curvature_rank(net, loader, matrix="hessian", examples=7, k=2, steps=5)
+    few = probe.curvature_rank(net, loader, matrix="hessian", examples=7, k=2, density_products=8)
     assert few.conditions.examples == 7
 
 
@@ -79,3 +79,17 @@ def test_ggn_of_a_custom_loss_is_refused():
     assert probe.curvature_rank(net, loader, loss=loss).status is Status.OK
     with pytest.raises(SubjectError):
         probe.curvature_rank(net, loader, loss=loss, matrix="ggn")
+
+
+def test_sweeps_over_the_share_left_out_agree_with_the_rank_itself():
+    net, loader = problem()
+    exact = probe.curvature_rank(net, loader)
+    swept = exact.sweep([0.01, 0.1, 0.5])
+    assert float(swept.value[0]) == exact.value
+    assert torch.equal(swept.lower, swept.value)
+    assert torch.equal(swept.upper, swept.value)
+    for delta, value in zip(swept.deltas, swept.value, strict=True):
+        assert float(value) == ranks.threshold_rank(exact.eigenvalues, float(delta))
+    hessian = probe.hessian_spectrum(net, loader).rank_sweep([0.01, 0.1, 0.5], "energy_rank")
+    assert hessian.definition == "energy_rank"
+    assert (hessian.value.diff() <= 0).all()

@@ -50,6 +50,12 @@ def analyze(
         str | None,
         Option(help="pkg.module:loss or file.py:loss, (model, batch) -> one loss per example. Default: inferred."),
     ] = None,
+    parameters: Annotated[
+        str | None,
+        Option(
+            help="Measure only these parameters: comma-separated patterns of names, such as layer1.*. Default: all."
+        ),
+    ] = None,
     mode: Annotated[str, Option(help="eval or train: how BatchNorm and dropout behave.")] = "eval",
     plan: Annotated[bool, Option("--plan", help="Print what it would cost, and measure nothing.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object instead of the table.")] = False,
@@ -101,7 +107,7 @@ def analyze(
         checkpoints,
         data,
         architecture=model,
-        probes=[name.strip() for name in probes.split(",") if name.strip()] if probes else None,
+        probes=_names(probes),
         fresh=fresh,
         examples=examples,
         split=split,
@@ -116,6 +122,7 @@ def analyze(
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
         dtype=getattr(torch, _one_of(dtype, "--dtype", ("float32", "float64"))) if dtype else None,
         memory=int(memory * 1e9) if memory else None,
+        parameters=_names(parameters),
         initial=read_checkpoint(initial, trust_pickle=trust_pickle).state if initial else None,
     )
     if plan:
@@ -204,8 +211,14 @@ def show_plan(plan: "Plan", as_json: bool) -> None:
         "forwards, gradients and products count examples; products are examples times curvature-vector products, for one network."
     )
     out.print(
-        f"Together at most about {plan.seconds / 60:.1f} minutes; a measurement may use {plan.memory / 1e9:.1f} GB. Nothing was measured."
+        f"Together at most about {plan.seconds / 60:.1f} minutes and {plan.bytes / 1e9:.2f} GB beyond weights and examples; a measurement "
+        f"may use {plan.memory / 1e9:.1f} GB. Nothing was measured.",
+        soft_wrap=True,
     )
+
+
+def _names(text: str | None) -> list[str] | None:
+    return [name.strip() for name in text.split(",") if name.strip()] if text else None
 
 
 def _numbers(text: str, option: str) -> list[float] | None:

@@ -1,22 +1,24 @@
 """The extreme eigenpairs of a symmetric operator, with what is needed to trust them.
 
-A Krylov space holds one direction per distinct eigenvalue, and a residual says that *an* eigenvalue is near, not that none was missed.
-So after the pairs of a first space have converged, further spaces are built in the complement of what was found, from fresh random
-vectors, until nothing there exceeds the last value asked for. Whatever was not reached is a status, never a silent number.
+A residual says that *an* eigenvalue is near, not that none was missed, and a Krylov space from one start holds a single direction of every
+eigenspace. So when the pairs of a space have converged, a Lanczos run from an independent random vector looks at what is orthogonal to the
+space, until an eigenvalue beyond those found would have been overlooked with a probability below one in ten thousand. What it finds is taken
+in, with further starts, and the search goes on. Memory is bounded by thick restarts. Whatever was not reached is a status, never a silent
+number.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from plasticity_probe.errors import UsageError
-from plasticity_probe.linalg.dense import column_norms, symmetric_eigenpairs
-from plasticity_probe.linalg.inspection import EigenStatus, Inspection, inspect_operator
-from plasticity_probe.linalg.krylov import ROUNDING, Krylov, extended, lanczos, ritz
+from plasticity_probe.linalg.dense import column_norms, symmetric_eigenpairs, vector_norm
+from plasticity_probe.linalg.inspection import EigenStatus, inspect_operator
+from plasticity_probe.linalg.krylov import ROUNDING
+from plasticity_probe.linalg.krylov_space import KrylovSpace
 from plasticity_probe.linalg.operator import (
     CountingOperator,
     ScaledOperator,
@@ -25,20 +27,9 @@ from plasticity_probe.linalg.operator import (
     columns,
 )
 from plasticity_probe.linalg.random_vectors import gaussian
+from plasticity_probe.linalg.search import MISSED, End, Search, Solution, flawed, searched, visible
 
-__all__ = [
-    "EigenStatus",
-    "Eigenpairs",
-    "ExtremeEigenpairs",
-    "Krylov",
-    "extended",
-    "extreme_eigenpairs",
-    "lanczos",
-    "ritz",
-]
-
-MISSED = 1e-6
-"""Probability with which a value that was missed may be declared absent (our choice)."""
+__all__ = ["EigenStatus", "Eigenpairs", "ExtremeEigenpairs", "eigenpairs_beyond", "extreme_eigenpairs"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,12 +39,16 @@ class Eigenpairs:
     Args:
         values: Eigenvalues, float64 on the CPU, shape (k,).
         vectors: Orthonormal eigenvectors as columns, in the operator's dtype and on its device, shape (n, k).
-        residuals: ``|A v - lambda v|_2`` from products with these vectors, float64 on the CPU, shape (k,). An eigenvalue lies within this
-            distance of lambda (Parlett 1980, section 4.5).
+        residuals: |A v - lambda v| of each, float64 on the CPU, shape (k,). An eigenvalue lies within this distance of lambda (Parlett 1980,
+            section 4.5). Where the matrix was formed each comes from its own product. Else it is what the products of the search leave
+            outside of the space, and added to that, as the root of the sum of squares, by how much a product with a random combination of
+            all returned vectors differs from what the search predicts.
         status: Whether the values can be trusted.
         products: Products that the whole search spent, for both ends together.
-        steps: Columns of the first Krylov space; 0 where the matrix was formed.
+        steps: Basis vectors at the end of the search; 0 where the matrix was formed.
         norm: Estimate of the norm of the operator, from below.
+        overlooked: Bound on the probability that an eigenvalue beyond these was missed; 0 where the matrix was formed, NaN where that was not
+            looked into.
     """
 
     values: Tensor
@@ -63,6 +58,7 @@ class Eigenpairs:
     products: int
     steps: int
     norm: float
+    overlooked: float = math.nan
 
 
 class ExtremeEigenpairs(NamedTuple):
@@ -71,12 +67,10 @@ class ExtremeEigenpairs(NamedTuple):
     Attributes:
         top: The algebraically largest eigenvalues, descending.
         bottom: The algebraically smallest eigenvalues, ascending.
-        krylov: The first Krylov space, from a Gaussian start vector; None where none was needed.
     """
 
     top: Eigenpairs
     bottom: Eigenpairs
-    krylov: Krylov | None
 
 
 def extreme_eigenpairs(
@@ -88,17 +82,20 @@ def extreme_eigenpairs(
     tol: float = 1e-3,
     max_steps: int = 300,
     max_products: int | None = None,
-    check_every: int = 5,
     dense_below: int = 512,
+    store: torch.device | None = None,
 ) -> ExtremeEigenpairs:
     """Computes the largest and the smallest eigenvalues of a symmetric operator.
 
-    The operator is first divided by a power of two near its norm, so its scale does not matter. A pair has converged when its residual is
-    at most ``max(tol |lambda|, 64 eps(dtype) norm)``; the second term is what rounding allows for eigenvalues next to zero. Then the
-    complement of the found vectors is searched until nothing in it exceeds the last value found (by more than the same margin), or
-    until a value that does would have been missed with a probability below 1e-6 (Kuczynski & Wozniakowski 1992: a random start
-    fails to see the largest eigenvalue to a share e of the spread after j steps with probability at most
-    ``1.648 sqrt(n) exp(-sqrt(e) (2 j - 1))``).
+    The operator is divided by a power of two near its norm, so its scale does not matter. A pair has converged when its residual is at most
+    ``max(tol |lambda|, 64 eps(dtype) norm)``; the second term is what rounding allows for eigenvalues next to zero. An end is complete when
+    an eigenvalue beyond the last one found, by more than that margin, would have been overlooked with a probability below 1e-4
+    (`plasticity_probe.linalg.completeness`), or where that last one is itself rounding, when a random vector outside of the space meets
+    nothing else.
+
+    The spectrum outside of the space Q is judged as follows. With T = Q'AQ, Ritz pairs theta_i with residual vectors r_i, and B what A does
+    outside of Q, A has beyond t as many eigenvalues as T, and those that ``B + sum r_i r_i' / (t - theta_i)``, over theta_i < t, has (Haynsworth
+    1968). The sum moves eigenvalues of B by at most c = sum |r_i|^2 / (t - theta_i), so none is missing where B has none beyond t - c.
 
     Args:
         operator: A, of size n.
@@ -106,264 +103,195 @@ def extreme_eigenpairs(
         k_bottom: How many of the algebraically smallest eigenvalues; at most n are given.
         generator: The source of the random vectors.
         tol: Relative residual of a converged pair (our choice: three digits, as eigenvalues of sampled losses have no more).
-        max_steps: The most columns a Krylov space may have; the search holds up to three times as many vectors of length n.
-        max_products: No Krylov step begins once so many products are spent; None: ten times `max_steps`. Residuals need up to
-            ``2 (k_top + k_bottom)`` more.
-        check_every: Steps between two tests of convergence.
-        dense_below: Operators up to this size are formed and solved directly, whatever `max_products` says (our choice: at 512 that
-            takes a fraction of a second). So is one with no more than ``k_top + k_bottom`` rows.
+        max_steps: The most basis vectors held; beyond that the search restarts from the best of them. Beside these it holds the returned
+            vectors, and a few more.
+        max_products: No step begins once so many products are spent; None: ten times `max_steps`. Up to three more judge the result.
+        dense_below: Up to this size the matrix is formed by n products and solved densely (our choice: cheaper than any search).
+        store: Device for the basis, where the operator's own has no room for it; None: the operator's.
 
     Returns:
-        The two ends and the first Krylov space.
+        Both ends. Their statuses are
+
+        - OK: every pair meets the tolerance and none is missing,
+        - NOT_CONVERGED: the allowed steps or products did not suffice,
+        - ZERO_OPERATOR: every value is 0,
+        - NONFINITE, ASYMMETRIC, NOT_REPEATABLE: all values are NaN.
 
     Raises:
-        UsageError: If the operator has no rows or another dtype than float32 and float64, no or a negative number of eigenvalues is
-            asked for, `tol` or `check_every` is not positive, or the limits leave no room for the search.
+        UsageError: If nothing is asked for, a setting is out of range, or the operator has no rows or another dtype than float32 and float64.
     """
     check_operator(operator)
     size = operator.size
     k_top, k_bottom = min(k_top, size), min(k_bottom, size)
+    if min(k_top, k_bottom) < 0 or k_top + k_bottom == 0:
+        raise UsageError(f"expected k_top and k_bottom >= 0 and one of them > 0, got {k_top} and {k_bottom}.")
+    ends = (End(1.0, k_top), End(-1.0, k_bottom))
+    return _solved(operator, ends, generator, tol, max_steps, max_products, max(dense_below, k_top + k_bottom), store)
+
+
+def eigenpairs_beyond(
+    operator: SymmetricOperator,
+    *,
+    above: float | None = None,
+    below: float | None = None,
+    generator: torch.Generator,
+    tol: float = 1e-3,
+    max_steps: int = 300,
+    max_products: int | None = None,
+    dense_below: int = 512,
+    store: torch.device | None = None,
+) -> ExtremeEigenpairs:
+    """Computes all eigenvalues outside of a window: those of at least `above` and those of at most `below`.
+
+    As `extreme_eigenpairs`, with limits in place of counts. An eigenvalue within the margin ``max(tol |limit|, 64 eps(dtype) norm)`` of its
+    limit may be given or not.
+
+    Args:
+        operator: A, of size n.
+        above: The lower limit of the largest eigenvalues asked for; None: none of them.
+        below: The upper limit of the smallest eigenvalues asked for; None: none of them.
+        generator: The source of the random vectors.
+        tol: Relative residual of a converged pair.
+        max_steps: The most basis vectors held; where more eigenvalues lie outside of the window, the status is NOT_CONVERGED.
+        max_products: No step begins once so many products are spent; None: ten times `max_steps`.
+        dense_below: Up to this size the matrix is formed.
+        store: Device for the basis; None: the operator's.
+
+    Returns:
+        Both ends, as many as there are.
+
+    Raises:
+        UsageError: If neither limit is given, a setting is out of range, or the operator has no rows or another dtype than float32 and float64.
+    """
+    check_operator(operator)
+    limits = [limit for limit in (above, below) if limit is not None]
+    if not limits or not all(math.isfinite(limit) for limit in limits):
+        raise UsageError(f"expected a finite limit above or below, got {above} and {below}.")
+    ends = (
+        End(1.0, 0 if above is None else None, above or 0.0),
+        End(-1.0, 0 if below is None else None, -(below or 0.0)),
+    )
+    return _solved(operator, ends, generator, tol, max_steps, max_products, dense_below, store)
+
+
+def _solved(
+    operator: SymmetricOperator,
+    ends: tuple[End, End],
+    generator: torch.Generator,
+    tol: float,
+    max_steps: int,
+    max_products: int | None,
+    dense_below: int,
+    store: torch.device | None,
+) -> ExtremeEigenpairs:
+    dense = operator.size <= dense_below
     max_products = 10 * max_steps if max_products is None else max_products
-    dense = size <= max(dense_below, k_top + k_bottom)
-    _check_request(k_top, k_bottom, tol, check_every, None if dense else min(max_steps, max_products))
+    _check_request(ends, tol, None if dense else min(max_steps, max_products))
     counting = CountingOperator(operator)
-    inspection = inspect_operator(counting, generator)
-    if inspection.status is not EigenStatus.OK:
-        return _without_search(counting, k_top, k_bottom, inspection)
-    unit = _power_of_two(inspection.norm, operator.dtype)
-    search = _Search(
-        operator=ScaledOperator(counting, 1 / unit),
-        spent=lambda: counting.products,
-        generator=generator,
-        norm=inspection.norm / unit,
-        tol=tol,
-        max_steps=max_steps,
-        max_products=max_products,
-        check_every=check_every,
-    )
-    solution = _formed(search, k_top, k_bottom) if dense else _searched(search, k_top, k_bottom)
+    if dense:
+        found = inspect_operator(counting, generator)
+        status, norm, start, product = found.status, found.norm, None, None
+    else:
+        start, product = _first_product(counting, generator)
+        norm = vector_norm(product)
+        status = _status_of(norm)
+    if status is not EigenStatus.OK:
+        return _without_search(counting, ends, status, norm)
+    unit = _power_of_two(norm, operator.dtype)
+    scaled = ScaledOperator(counting, 1 / unit)
+    ends = (replace(ends[0], limit=ends[0].limit / unit), replace(ends[1], limit=ends[1].limit / unit))
+    if start is None or product is None:
+        solution = _formed(scaled, ends, norm / unit)
+    else:
+        space = KrylovSpace(scaled, max_steps, generator, store)
+        space.add_start(start)
+        space.expand(product=product / unit)
+        solution = searched(Search(space, ends, tol, max_products))
     if solution.flaw is not None:
-        return _without_search(counting, k_top, k_bottom, Inspection(solution.flaw, unit * solution.norm))
+        return _without_search(counting, ends, solution.flaw, unit * solution.norm)
     return ExtremeEigenpairs(
-        _reported(solution.top, solution, unit, counting.products),
-        _reported(solution.bottom, solution, -unit, counting.products),
-        solution.krylov.scaled(unit) if solution.krylov else None,
+        *(_reported(solution, end, unit, counting.products, tol, operator.dtype) for end in (0, 1))
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Pairs:
-    """Approximate eigenpairs, values descending, with the products A V that they were made from."""
-
-    values: Tensor
-    vectors: Tensor
-    images: Tensor
-
-    def residuals(self) -> Tensor:
-        return column_norms(self.images - self.vectors * self.values.to(self.vectors))
-
-    def leading(self, count: int) -> "_Pairs":
-        return _Pairs(self.values[:count], self.vectors[:, :count], self.images[:, :count])
+def _first_product(operator: SymmetricOperator, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A random unit vector and its product; a second one where the first is zero, as a single vector may lie in the null space."""
+    start, product = None, None
+    for _ in range(2):
+        start = gaussian(operator, generator)
+        start = start / vector_norm(start)
+        product = operator @ start
+        if bool(product.any()):
+            break
+    return cast(Tensor, start), cast(Tensor, product)
 
 
-@dataclass(frozen=True, eq=False)
-class _End:
-    """One end of the spectrum, as the largest values of A or of -A; `complete` says that the search ended as it should."""
-
-    pairs: _Pairs
-    complete: bool
+def _status_of(length: float) -> EigenStatus:
+    if not math.isfinite(length):
+        return EigenStatus.NONFINITE
+    return EigenStatus.OK if length > 0 else EigenStatus.ZERO_OPERATOR
 
 
-@dataclass(frozen=True, eq=False)
-class _Solution:
-    """Both ends for the normalised operator."""
-
-    top: _End
-    bottom: _End
-    norm: float
-    asymmetry: float
-    krylov: Krylov | None
-    search: "_Search"
-
-    @property
-    def flaw(self) -> EigenStatus | None:
-        """What the products met during the search give away about the operator, if anything."""
-        if not all(bool(end.pairs.values.isfinite().all()) for end in (self.top, self.bottom)):
-            return EigenStatus.NONFINITE
-        visible = math.sqrt(torch.finfo(self.search.operator.dtype).eps)
-        return EigenStatus.ASYMMETRIC if self.asymmetry > visible * self.norm else None
-
-
-@dataclass(frozen=True, eq=False)
-class _Search:
-    """A normalised operator and the rules that every step of the search keeps to."""
-
-    operator: SymmetricOperator
-    spent: Callable[[], int]
-    generator: torch.Generator
-    norm: float
-    tol: float
-    max_steps: int
-    max_products: int
-    check_every: int
-
-    def allowed(self, values: Tensor) -> Tensor:
-        """The largest residual of a converged pair, for each value."""
-        rounding = ROUNDING * torch.finfo(self.operator.dtype).eps * self.norm
-        return (self.tol * values.abs()).clamp(min=rounding)
-
-    def grown(self, krylov: Krylov, done: Callable[[Krylov], bool]) -> Krylov:
-        """Extends a Krylov space until it is done, or may not grow any more."""
-        while krylov.following is not None and not done(krylov):
-            steps = min(self.check_every, self.max_steps - krylov.steps, self.max_products - self.spent())
-            if steps <= 0:
-                break
-            krylov = extended(self.operator, krylov, steps, generator=self.generator)
-        return krylov
-
-    def complement(self, pairs: _Pairs) -> Krylov:
-        """A Krylov space with no column yet, orthogonal to what was found."""
-        start = gaussian(self.operator, self.generator)
-        return lanczos(self.operator, start, 0, locked=pairs.vectors, norm=self.norm)
-
-    def converged(self, krylov: Krylov, count: int) -> bool:
-        """Whether the leading Ritz pairs have converged, by their estimated residuals."""
-        values, _, residuals = ritz(krylov)
-        return krylov.steps >= count and bool((residuals[:count] <= self.allowed(values[:count])).all())
-
-    def exhausted(self, krylov: Krylov, threshold: float, wanted: int) -> bool:
-        """Whether the space shows all that its surroundings hold above a threshold (`wanted` values at most)."""
-        if krylov.steps == 0:
-            return False
-        values, _, _ = ritz(krylov)
-        above = int((values > threshold).sum())
-        if above == 0 and self._chance_of_more(krylov, float(values[0]), threshold) <= MISSED:
-            return True
-        return self.converged(krylov, max(1, min(above, wanted)))
-
-    def _chance_of_more(self, krylov: Krylov, largest: float, threshold: float) -> float:
-        """The bound of Kuczynski & Wozniakowski (1992) on the probability that an eigenvalue above the threshold stayed unseen."""
-        spread = threshold + max(self.norm, krylov.norm)
-        if spread <= 0:
-            return 1.0
-        share = (threshold - largest) / spread
-        return 1.648 * math.sqrt(self.operator.size) * math.exp(-math.sqrt(share) * (2 * krylov.steps - 1))
-
-    def pairs(self, krylov: Krylov, count: int) -> _Pairs:
-        """The leading Ritz pairs, with true products; NaN where a product was not finite."""
-        if not krylov.finite:
-            return _not_finite(self.operator, count)
-        _, coordinates, _ = ritz(krylov)
-        vectors = krylov.basis @ coordinates[:, :count].to(krylov.basis)
-        return _rayleigh_ritz(vectors, self.operator @ vectors)
-
-
-def _formed(search: _Search, k_top: int, k_bottom: int) -> _Solution:
+def _formed(operator: SymmetricOperator, ends: tuple[End, End], norm: float) -> Solution:
     """Solves by forming the matrix."""
-    matrix = columns(search.operator)
+    matrix = columns(operator)
     if not bool(matrix.isfinite().all()):
-        top, bottom = _not_finite(search.operator, k_top), _not_finite(search.operator, k_bottom)
-        return _Solution(_End(top, False), _End(bottom, False), search.norm, 0.0, None, search)
-    asymmetry = float((matrix - matrix.T).abs().max())
+        return flawed(EigenStatus.NONFINITE, norm)
     values, vectors = symmetric_eigenpairs(matrix)
     norm = float(values.abs().max())
-
-    def end(sign: float, values: Tensor, vectors: Tensor) -> _End:
-        vectors = vectors.to(matrix)
-        return _End(_Pairs(values, vectors, sign * (search.operator @ vectors)), complete=True)
-
-    top = end(1.0, values[:k_top], vectors[:, :k_top])
-    bottom = end(-1.0, -values.flip(0)[:k_bottom], vectors.flip(1)[:, :k_bottom])
-    return _Solution(top, bottom, norm, asymmetry, None, replace(search, norm=norm))
-
-
-def _searched(search: _Search, k_top: int, k_bottom: int) -> _Solution:
-    """Solves by Lanczos: one space for both ends, then each end by itself."""
-    first = lanczos(
-        search.operator,
-        gaussian(search.operator, search.generator),
-        k_top + k_bottom + 1,
-        generator=search.generator,
-        norm=search.norm,
+    if float((matrix - matrix.T).abs().max()) > visible(operator.dtype) * norm:
+        return flawed(EigenStatus.ASYMMETRIC, norm)
+    chosen = [end.wanted(values) for end in ends]
+    found = [vectors[:, places].to(matrix) for places in chosen]
+    images = [operator @ each for each in found]
+    return Solution(
+        values=(values[chosen[0]], values[chosen[1]]),
+        vectors=(found[0], found[1]),
+        residuals=(
+            column_norms(images[0] - found[0] * values[chosen[0]].to(matrix)),
+            column_norms(images[1] - found[1] * values[chosen[1]].to(matrix)),
+        ),
+        overlooked=(0.0, 0.0),
+        flaw=None,
+        norm=norm,
+        steps=0,
     )
-    first = search.grown(
-        first, lambda space: search.converged(space, k_top) and search.converged(space.scaled(-1.0), k_bottom)
-    )
-    norm = max(search.norm, float(ritz(first)[0].abs().max())) if first.steps else search.norm
-    search = replace(search, norm=norm)
-    top = _completed(search, first, k_top)
-    bottom = _completed(replace(search, operator=ScaledOperator(search.operator, -1.0)), first.scaled(-1.0), k_bottom)
-    return _Solution(top, bottom, norm, first.asymmetry, first, search)
 
 
-def _completed(search: _Search, first: Krylov, count: int) -> _End:
-    """Takes the leading pairs of a first space and adds what a single Krylov space cannot show, until nothing is missing."""
-    pairs = search.pairs(first, count)
-    if count == 0 or not first.finite or not search.converged(first, count):
-        return _End(pairs, complete=count == 0)
-    while bool(pairs.values.isfinite().all()):
-        threshold = float(pairs.values[-1] + search.allowed(pairs.values[-1]))
-        rest = search.grown(
-            search.complement(pairs), lambda space, limit=threshold: search.exhausted(space, limit, count)
-        )
-        if not rest.finite:
-            return _End(_not_finite(search.operator, count), complete=False)
-        finished = search.exhausted(rest, threshold, count)
-        above = min(count, int((ritz(rest)[0] > threshold).sum()))
-        if above == 0:
-            return _End(pairs, finished)
-        pairs = _merged(pairs, search.pairs(rest, above)).leading(count)
-        if not finished:
-            break
-    return _End(pairs, complete=False)
-
-
-def _rayleigh_ritz(vectors: Tensor, images: Tensor) -> _Pairs:
-    """The best approximate eigenpairs within the span of orthonormal vectors whose products are known."""
-    if not bool(images.isfinite().all()):
-        return _Pairs(torch.full((vectors.shape[1],), math.nan, dtype=torch.float64), vectors, images)
-    values, rotation = symmetric_eigenpairs(vectors.T @ images)
-    rotation = rotation.to(vectors)
-    return _Pairs(values, vectors @ rotation, images @ rotation)
-
-
-def _merged(some: _Pairs, others: _Pairs) -> _Pairs:
-    return _rayleigh_ritz(torch.cat([some.vectors, others.vectors], 1), torch.cat([some.images, others.images], 1))
-
-
-def _not_finite(operator: SymmetricOperator, count: int) -> _Pairs:
-    vectors = torch.full((operator.size, count), math.nan, dtype=operator.dtype, device=operator.device)
-    return _Pairs(torch.full((count,), math.nan, dtype=torch.float64), vectors, vectors)
-
-
-def _reported(end: _End, solution: _Solution, unit: float, products: int) -> Eigenpairs:
-    """The pairs of one end in the units of the operator; a negative unit turns those of -A into those of A."""
-    pairs, residuals = end.pairs, end.pairs.residuals()
-    reached = end.complete and bool((residuals <= solution.search.allowed(pairs.values)).all())
+def _reported(solution: Solution, end: int, unit: float, products: int, tol: float, dtype: torch.dtype) -> Eigenpairs:
+    """The pairs of one end in the units of the operator."""
+    values, residuals = solution.values[end], solution.residuals[end]
+    allowed = (tol * values.abs()).clamp(min=ROUNDING * torch.finfo(dtype).eps * solution.norm)
+    reached = solution.overlooked[end] <= MISSED and bool((residuals <= allowed).all())
     return Eigenpairs(
-        values=unit * pairs.values,
-        vectors=pairs.vectors,
-        residuals=abs(unit) * residuals,
+        values=unit * values,
+        vectors=solution.vectors[end],
+        residuals=unit * residuals,
         status=EigenStatus.OK if reached else EigenStatus.NOT_CONVERGED,
         products=products,
-        steps=solution.krylov.steps if solution.krylov else 0,
-        norm=abs(unit) * solution.norm,
+        steps=solution.steps,
+        norm=unit * solution.norm,
+        overlooked=solution.overlooked[end],
     )
 
 
-def _without_search(counting: CountingOperator, k_top: int, k_bottom: int, found: Inspection) -> ExtremeEigenpairs:
+def _without_search(
+    counting: CountingOperator, ends: tuple[End, End], status: EigenStatus, norm: float
+) -> ExtremeEigenpairs:
     """The answer where there is nothing to search: zeros for the zero operator, else NaN."""
-    zero = found.status is EigenStatus.ZERO_OPERATOR
+    zero = status is EigenStatus.ZERO_OPERATOR
 
-    def pairs(count: int, *, last: bool) -> Eigenpairs:
+    def pairs(end: End) -> Eigenpairs:
+        count = end.count if end.count is not None else counting.size if zero and end.limit <= 0 else 0
         numbers = torch.full((count,), 0.0 if zero else math.nan, dtype=torch.float64)
         vectors = torch.full((counting.size, count), math.nan, dtype=counting.dtype, device=counting.device)
         if zero:
-            first = counting.size - count if last else 0
+            first = counting.size - count if end.sign < 0 else 0
             vectors.zero_()[first : first + count].fill_diagonal_(1.0)
-        return Eigenpairs(numbers, vectors, numbers.clone(), found.status, counting.products, 0, found.norm)
+        sure = 0.0 if zero else math.nan
+        return Eigenpairs(numbers, vectors, numbers.clone(), status, counting.products, 0, norm, sure)
 
-    return ExtremeEigenpairs(pairs(k_top, last=False), pairs(k_bottom, last=True), None)
+    return ExtremeEigenpairs(pairs(ends[0]), pairs(ends[1]))
 
 
 def _power_of_two(norm: float, dtype: torch.dtype) -> float:
@@ -372,12 +300,10 @@ def _power_of_two(norm: float, dtype: torch.dtype) -> float:
     return math.ldexp(1.0, max(-largest, min(largest, math.frexp(norm)[1])))
 
 
-def _check_request(k_top: int, k_bottom: int, tol: float, check_every: int, room: int | None) -> None:
-    if min(k_top, k_bottom) < 0 or k_top + k_bottom == 0:
-        raise UsageError(f"expected k_top and k_bottom >= 0 and one of them > 0, got {k_top} and {k_bottom}.")
-    if not tol > 0 or check_every < 1:
-        raise UsageError(f"expected tol > 0 and check_every >= 1, got {tol} and {check_every}.")
-    least = k_top + k_bottom + 4
+def _check_request(ends: tuple[End, End], tol: float, room: int | None) -> None:
+    if not tol > 0:
+        raise UsageError(f"expected tol > 0, got {tol}.")
+    least = sum(end.count or 0 for end in ends) + 4
     if room is not None and room < least:
         raise UsageError(
             f"expected max_steps and max_products of at least k_top + k_bottom + 4 = {least}, got {room}; raise them or ask for fewer."

@@ -7,6 +7,7 @@ on every device.
 import torch
 from torch import Tensor
 
+from plasticity_probe.linalg.dense import vector_norm
 from plasticity_probe.linalg.operator import SymmetricOperator
 
 
@@ -24,15 +25,15 @@ def gaussian(operator: SymmetricOperator, generator: torch.Generator) -> Tensor:
     return vector.to(device=operator.device, dtype=operator.dtype)
 
 
-def rademacher(operator: SymmetricOperator, generator: torch.Generator) -> Tensor:
-    """A vector of independent entries that are +1 or -1 with equal probability.
+def sphere(operator: SymmetricOperator, generator: torch.Generator) -> Tensor:
+    """A direction that is uniform on the unit sphere.
 
     Args:
-        operator: What the vector will be multiplied with; gives size, dtype and device.
+        operator: As for `gaussian`.
         generator: The source of randomness.
 
     Returns:
-        Shape (n,).
+        Shape (n,), of length 1.
     """
-    signs = torch.randint(0, 2, (operator.size,), generator=generator, device=generator.device)
-    return (2 * signs - 1).to(device=operator.device, dtype=operator.dtype)
+    vector = gaussian(operator, generator)
+    return vector / vector_norm(vector)

@@ -12,14 +12,11 @@ are refused with a `UsageError`, as no rank of theirs would mean anything.
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple, cast
 
 import torch
-from scipy.stats import t as student_t  # pyright: ignore[reportMissingTypeStubs]  (scipy ships none)
 from torch import Tensor
 
 from plasticity_probe.errors import UnknownNameError, UsageError
-from plasticity_probe.linalg.quadrature import Quadrature
 
 
 def threshold_rank(values: Tensor, delta: float = 0.01, weights: Tensor | None = None) -> float:
@@ -80,7 +77,7 @@ def effective_rank(values: Tensor, weights: Tensor | None = None) -> float:
     if sizes.numel() == 0:
         return 0.0
     shares = sizes / (counts * sizes).sum()
-    return math.exp(-float((counts * shares * shares.log()).sum()))
+    return math.exp(-float((counts * torch.xlogy(shares, shares)).sum()))
 
 
 def stable_rank(values: Tensor, weights: Tensor | None = None) -> float:
@@ -224,57 +221,6 @@ def rank(
     given = {"delta": delta, "epsilon": epsilon}
     settings = {name: given[name] for name in _SETTINGS.get(definition, ())}
     return DEFINITIONS[definition](values, weights=weights, **settings)
-
-
-class RankEstimate(NamedTuple):
-    """A rank that was estimated from random draws.
-
-    Attributes:
-        value: The mean of the ranks of the single draws.
-        interval: 95 % Student-t interval of that mean; (-inf, inf) for a single draw. It covers the choice of start vectors, not the bias of
-            too few Lanczos steps, and its ends may lie outside of what a rank can be.
-    """
-
-    value: float
-    interval: tuple[float, float]
-
-
-def rank_of_quadrature(
-    quadrature: Quadrature,
-    size: int,
-    definition: str = "threshold_rank",
-    delta: float = 0.01,
-    *,
-    epsilon: float | None = None,
-) -> RankEstimate:
-    """The rank of an operator of which only a quadrature is known, each node standing for ``weight * n`` eigenvalues.
-
-    Args:
-        quadrature: Nodes and weights.
-        size: The number n of rows of the operator.
-        definition: A key of `DEFINITIONS`.
-        delta: For the threshold rank and the energy rank.
-        epsilon: For the epsilon rank.
-
-    Returns:
-        The mean over draws and its interval.
-
-    Raises:
-        UnknownNameError: If there is no such definition.
-        UsageError: If the size is below 1, the quadrature holds NaN, or as the definition itself.
-    """
-    if size < 1:
-        raise UsageError(f"expected a size of at least 1, got {size}.")
-    ranks = [
-        rank(nodes, definition, delta=delta, epsilon=epsilon, weights=size * weights)
-        for nodes, weights in zip(quadrature.nodes, quadrature.weights, strict=True)
-    ]
-    mean = math.fsum(ranks) / len(ranks)
-    if len(ranks) < 2:
-        return RankEstimate(mean, (-math.inf, math.inf))
-    variance = math.fsum((single - mean) ** 2 for single in ranks) / (len(ranks) - 1)
-    half = float(cast("Any", student_t).ppf(0.975, len(ranks) - 1)) * math.sqrt(variance / len(ranks))
-    return RankEstimate(mean, (mean - half, mean + half))
 
 
 def _spectrum(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, float]:

@@ -1,57 +1,58 @@
-"""The curvature matrices of the mean loss as operators: Hessian, generalised Gauss-Newton matrix and empirical Fisher.
+"""The curvature matrices of the mean loss as operators: Hessian, generalised Gauss-Newton matrix, empirical and true Fisher.
 
-With L = sum of all loss terms / their number, parameters theta of length P and examples in chunks c:
-
-    hessian   H = d^2 L / d theta^2                      by reverse over reverse (Pearlmutter 1994)
-    ggn       G = sum_c J_c' (d^2 L_c / d z_c^2) J_c     z the outputs, J their Jacobian (Schraudolph 2002)
-    fisher    F = (1/N) sum_i g_i g_i'                   g_i the gradient of l_i, where L = (1/N) sum_i l_i
-
-Every product sums over chunks what the chunk adds to the mean, so the result does not depend on how the examples are cut. Only reverse mode is
-used: a Jacobian-vector product is the derivative of the vector-Jacobian product, which is linear in its vector (Townsend 2017). Weight decay
-is never part of L.
+Every product sums over chunks what the chunk adds to the mean (`plasticity_probe.network.products`), so the result does not depend on how the
+examples are cut. Weight decay is never part of the loss. A subject that measures a part of its parameters
+(`subject(..., parameters="layer1.*")`) gives that diagonal block of each matrix.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import Literal, Self, cast
+from typing import Self, cast
 
 import torch
 from torch import Tensor
 
 from plasticity_probe.errors import BudgetError, SubjectError, UnknownNameError
 from plasticity_probe.linalg.inspection import EigenStatus
-from plasticity_probe.linalg.lanczos import Eigenpairs, ExtremeEigenpairs, Krylov, extreme_eigenpairs
+from plasticity_probe.linalg.lanczos import Eigenpairs, ExtremeEigenpairs, extreme_eigenpairs
 from plasticity_probe.network.examples import Batch
-from plasticity_probe.network.losses import Terms, inputs_and_targets
+from plasticity_probe.network.graphs import graph_plan
+from plasticity_probe.network.isolation import tensor_float32
+from plasticity_probe.network.losses import class_axis, cross_entropy_terms, inputs_and_targets, squared_error_terms
+from plasticity_probe.network.products import Graph, Product, fisher_product, ggn_product, hessian_product
 from plasticity_probe.network.subject import Subject
-
-Matrix = Literal["hessian", "ggn", "fisher"]
-Product = Callable[[Sequence[Tensor]], Sequence[Tensor]]
-"""What one chunk of examples adds to a product: parameter-shaped tensors in, the same out."""
 
 DENSE_BELOW = 512
 """Up to this many parameters the matrix is formed and its whole spectrum is exact (our choice: a fraction of a second)."""
 
-KEPT = 4
-"""Bytes of a kept second-order graph per byte of a first-order one (measured: 2 for a ResNet, 3 to 5 for GELU networks, GRU and transformer,
-7 for a tanh MLP; the half of the memory that is left free covers those above 4)."""
+STEPS_PER_PAIR = 5
+"""Basis vectors that the search for eigenpairs may hold for each pair asked for (our choice: ARPACK asks for at least 2; at 5 a restart costs
+few products and the basis is bounded)."""
 
 
 class CurvatureOperator:
     """A curvature matrix of a subject's mean loss, known by its products. A context manager: leaving it frees the graphs.
 
     The graphs that a product needs are built at the first product and kept while they fit half of `subject.memory`, which makes each later
-    product about a third cheaper; otherwise they are built anew, chunk by chunk, at every product. The numbers are the same.
+    product about a third cheaper; otherwise they are built anew, chunk by chunk, at every product, once for all vectors of a block. The numbers
+    are the same. But for the number of loss terms, once for a subject, a product reads nothing from the device that it runs on, so an
+    accelerator is not waited for.
 
     Args:
         subject: The network, its loss and its examples.
-        of_chunk: Builds the graph of one chunk and returns its product.
+        graph: Builds the graph of a chunk of examples.
+
+    Attributes:
+        plan: How the graphs are held.
     """
 
-    def __init__(self, subject: Subject, of_chunk: Callable[[Subject, Batch], Product]) -> None:
+    def __init__(self, subject: Subject, graph: Graph) -> None:
         self._subject = subject
-        self._of_chunk = of_chunk
+        self._graph = graph
+        self._batches: list[Batch] = []
         self._kept: list[Product] = []
+        self.plan = graph_plan(subject, graph)
 
     @property
     def size(self) -> int:
@@ -70,37 +71,64 @@ class CurvatureOperator:
 
     def __matmul__(self, vectors: Tensor, /) -> Tensor:
         columns = vectors.detach().reshape(self.size, -1 if vectors.numel() else 0).T.contiguous()
-        pieces = [list(self._subject.unflatten(column).values()) for column in columns]
         total = torch.zeros_like(columns)
-        with torch.enable_grad():
-            for product in self._products():
-                for row, piece in zip(total, pieces, strict=True):
-                    row += torch.cat([part.reshape(-1) for part in product(piece)])
+        with torch.enable_grad(), tensor_float32() if self._subject.allow_tf32 else nullcontext():
+            if self.plan.kept:
+                self._kept = self._kept or [self._graph(self._subject, batch) for batch in self._chunks()]
+                for product in self._kept:
+                    self._add(product, columns, total)
+            else:
+                for batch in self._chunks():
+                    # No name holds the graph, so that it is freed before the next one is built.
+                    self._add(self._graph(self._subject, batch), columns, total)
         return total.T.reshape(vectors.shape)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._kept = []
+        self._kept, self._batches = [], []
 
-    def _products(self) -> Iterable[Product]:
-        built = (self._of_chunk(self._subject, batch) for batch in self._subject.chunks())
-        if not keeps_graphs(self._subject):
-            return built
-        self._kept = self._kept or list(built)
-        return self._kept
+    def _add(self, product: Product, columns: Tensor, total: Tensor) -> None:
+        for column, row in zip(columns, total, strict=True):
+            parts = product(list(self._subject.unflatten(column).values()))
+            for place, part in zip(self._subject.unflatten(row).values(), parts, strict=True):
+                if part is not None:
+                    place += part
+
+    def _chunks(self) -> Iterable[Batch]:
+        """The examples in chunks, moved to the device once where they are in memory."""
+        if not self._subject.examples.resident:
+            return self._subject.chunks(self.plan.chunk)
+        self._batches = self._batches or list(self._subject.chunks(self.plan.chunk))
+        return self._batches
 
 
-def keeps_graphs(subject: Subject) -> bool:
-    """Whether the second-order graphs of all examples fit half the subject's memory together."""
-    return KEPT * subject.activation_bytes * len(subject.examples) <= subject.memory // 2
+def keeps_graphs(subject: Subject, matrix: str = "hessian") -> bool:
+    """Whether the second-order graphs of all examples fit half the subject's memory together.
+
+    Args:
+        subject: The network, its loss and its examples.
+        matrix: Name of the curvature matrix.
+    """
+    return curvature(subject, matrix).plan.kept
 
 
-def graph_bytes(subject: Subject) -> int:
-    """Bytes that the graphs of a curvature operator take: of all examples where they are kept, else of a chunk."""
-    examples = len(subject.examples)
-    return KEPT * subject.activation_bytes * (examples if keeps_graphs(subject) else min(subject.chunk, examples))
+def graph_bytes(subject: Subject, matrix: str = "hessian") -> int:
+    """Bytes that a curvature-vector product holds at its peak: the graphs of all examples where they are kept, else of a chunk.
+
+    Measured on a few examples. 0 where there is no such matrix of this loss or network, which the product itself will say.
+
+    Args:
+        subject: The network, its loss and its examples.
+        matrix: Name of the curvature matrix.
+    """
+    try:
+        return curvature(subject, matrix).plan.bytes
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, SubjectError):
+        return 0
 
 
 def hessian(subject: Subject) -> CurvatureOperator:
@@ -112,7 +140,7 @@ def hessian(subject: Subject) -> CurvatureOperator:
     Returns:
         A symmetric operator of size P, the number of trainable parameters. The second derivative of a ReLU at its kink counts as 0.
     """
-    return CurvatureOperator(subject, _hessian_of)
+    return CurvatureOperator(subject, hessian_product)
 
 
 def ggn(subject: Subject) -> CurvatureOperator:
@@ -132,7 +160,7 @@ def ggn(subject: Subject) -> CurvatureOperator:
             f"expected a loss of outputs and targets for the generalised Gauss-Newton matrix, but {subject.loss.name} is a function of model "
             "and batch. Leave loss=None to have cross-entropy or squared error inferred, or ask for matrix='hessian' or 'fisher'."
         )
-    return CurvatureOperator(subject, _ggn_of)
+    return CurvatureOperator(subject, ggn_product)
 
 
 def fisher(subject: Subject) -> CurvatureOperator:
@@ -144,10 +172,41 @@ def fisher(subject: Subject) -> CurvatureOperator:
     Returns:
         A symmetric positive semi-definite operator of size P and of rank at most N.
     """
-    return CurvatureOperator(subject, _fisher_of)
+    return CurvatureOperator(subject, fisher_product)
 
 
-MATRICES: dict[str, Callable[[Subject], CurvatureOperator]] = {"hessian": hessian, "ggn": ggn, "fisher": fisher}
+def true_fisher(subject: Subject) -> CurvatureOperator:
+    """The true Fisher: the mean of J' Cov J over all loss terms, an expectation over what the model itself predicts instead of the targets.
+
+    J is the Jacobian of the outputs z that a term is made of, and Cov the covariance of the gradient of the term's loss in z, under the model's
+    own predictive distribution. No sampling: cross-entropy is the negative logarithm of a categorical distribution p, so Cov = diag(p) - p p'.
+    The squared error |z - t|^2 / D of D outputs is, up to a constant, that of a Gaussian of variance D / 2 per output, so Cov = (2 / D) I (with
+    unit variance the matrix would be D / 2 times as large). Both are the second derivative of the loss in z, which is why this matrix and the
+    generalised Gauss-Newton matrix are one for these losses (Martens 2020, section 9.2) and the same products compute both.
+
+    Args:
+        subject: The network, cross-entropy or squared error, and its examples.
+
+    Returns:
+        A symmetric positive semi-definite operator of size P.
+
+    Raises:
+        SubjectError: The loss was given by the user, so what the model predicts is unknown.
+    """
+    if subject.loss.of_outputs not in (cross_entropy_terms, squared_error_terms):
+        raise SubjectError(
+            f"expected cross-entropy or squared error for the true Fisher, which averages over what the model predicts, but {subject.loss.name} "
+            "says nothing about that. Leave loss=None to have one of them inferred, or ask for matrix='fisher', which takes the targets."
+        )
+    return CurvatureOperator(subject, ggn_product)
+
+
+MATRICES: dict[str, Callable[[Subject], CurvatureOperator]] = {
+    "hessian": hessian,
+    "ggn": ggn,
+    "fisher": fisher,
+    "true_fisher": true_fisher,
+}
 """The curvature matrices by name."""
 
 
@@ -156,7 +215,7 @@ def curvature(subject: Subject, matrix: str) -> CurvatureOperator:
 
     Args:
         subject: The network, its loss and its examples.
-        matrix: "hessian", "ggn" or "fisher".
+        matrix: "hessian", "ggn", "fisher" or "true_fisher".
 
     Raises:
         UnknownNameError: There is no such matrix.
@@ -182,17 +241,15 @@ def eigenpairs(
 
     Args:
         subject: The network, its loss and its examples.
-        matrix: "hessian", "ggn" or "fisher".
+        matrix: "hessian", "ggn", "fisher" or "true_fisher".
         k: How many at each end; at most P.
         tol: Relative residual of a converged pair.
-        max_products: Curvature-vector products after which the search gives up; at least 2k + 4. Where a quarter of the memory does not
-            hold twice as many vectors of length P, the Krylov space stays smaller.
+        max_products: Curvature-vector products after which the search gives up; at least 2k + 4.
         generator: The source of the start vectors. Callers that share a result pass generators in the same state.
 
     Returns:
-        Both ends with residuals and a status. Of the Krylov space only its coefficients are kept, not its basis. The Fisher and the Gauss-Newton
-        matrix have no negative eigenvalues and a rank of at most N and N times the outputs: where that leaves k zeros, these are the
-        smallest, without a search and without vectors.
+        Both ends with residuals and a status. Every matrix but the Hessian has no negative eigenvalues and a known largest rank
+        (`rank_limit`): where that leaves k zeros, these are the smallest, without a search and without vectors.
 
     Raises:
         BudgetError: Not even the eigenvectors asked for fit the memory.
@@ -200,7 +257,7 @@ def eigenpairs(
     """
 
     def compute() -> ExtremeEigenpairs:
-        steps = krylov_vectors(subject, k, max_products) // 2
+        steps = _steps(subject, k, max_products)
         with curvature(subject, matrix) as operator:
             zeros = operator.size > DENSE_BELOW and operator.size - rank_limit(subject, matrix) >= k
             found = extreme_eigenpairs(
@@ -213,9 +270,7 @@ def eigenpairs(
                 max_products=max_products,
                 dense_below=DENSE_BELOW,
             )
-        return found._replace(
-            krylov=_without_basis(found.krylov), bottom=_zeros(found.top, k) if zeros else found.bottom
-        )
+        return found._replace(bottom=_zeros(found.top, k)) if zeros else found
 
     return subject.once(("eigenpairs", matrix, k, tol, max_products), compute)
 
@@ -225,18 +280,24 @@ def rank_limit(subject: Subject, matrix: str) -> int:
 
     Args:
         subject: The network, its loss and its examples.
-        matrix: "hessian", "ggn" or "fisher".
+        matrix: "hessian", "ggn", "fisher" or "true_fisher".
 
     Returns:
-        P for the Hessian; at most one for each example for the Fisher, and for each output of each example for the Gauss-Newton matrix.
+        P for the Hessian, and for the others never more than it: for the empirical Fisher the number of examples; for the Gauss-Newton matrix
+        and the true Fisher the number of outputs, those of a cross-entropy counted as one less, as a number added to all scores changes
+        nothing.
     """
     if matrix == "hessian":
         return subject.size
     if matrix == "fisher":
         return min(subject.size, len(subject.examples))
+    batch = next(iter(subject.examples.chunks(1)))
     with torch.no_grad():
-        outputs = subject.outputs(subject.parameters, next(iter(subject.examples.chunks(1))))
-    return min(subject.size, len(subject.examples) * outputs[0].numel())
+        outputs = subject.outputs(subject.parameters, batch)
+    if subject.loss.of_outputs is not cross_entropy_terms:
+        return min(subject.size, len(subject.examples) * outputs[0].numel())
+    classes = outputs.shape[class_axis(outputs, cast(Tensor, inputs_and_targets(batch)[1]))]
+    return min(subject.size, int(subject.terms) * (classes - 1))
 
 
 def search_cost(
@@ -246,7 +307,7 @@ def search_cost(
 
     Args:
         subject: The network, its loss and its examples.
-        matrix: "hessian", "ggn" or "fisher".
+        matrix: "hessian", "ggn", "fisher" or "true_fisher".
         k: Eigenvalues at each end.
         tol: Relative residual of a converged pair.
         max_products: Products that the search may spend.
@@ -257,24 +318,30 @@ def search_cost(
 
 
 def krylov_vectors(subject: Subject, k: int, max_products: int) -> int:
-    """How many vectors of length P the search for eigenpairs holds: two Krylov spaces that fit a quarter of the subject's memory.
+    """How many vectors of length P the search for eigenpairs holds: a basis, what it returns and as many again, in a quarter of the memory.
 
     Args:
         subject: The network, its loss and its examples.
         k: Eigenvalues at each end.
-        max_products: Products that the search may spend, and so the longest space.
+        max_products: Products that the search may spend, and so the longest basis.
 
     Raises:
         BudgetError: Not even the eigenvectors asked for fit.
     """
+    return _steps(subject, k, max_products) + 4 * k
+
+
+def _steps(subject: Subject, k: int, max_products: int) -> int:
+    """Basis vectors that the search may hold."""
     vector = subject.size * subject.dtype.itemsize
-    fits, least = subject.memory // (8 * vector), 2 * k + 4
+    fits, least = subject.memory // (4 * vector) - 4 * k, 2 * k + 4
     if fits < least < subject.size:
+        needed = least + 4 * k
         raise BudgetError(
-            f"expected memory for {2 * least} vectors of {subject.size} parameters ({2 * least * vector / 1e9:.1f} GB) in a quarter of what is "
+            f"expected memory for {needed} vectors of {subject.size} parameters ({needed * vector / 1e9:.1f} GB) in a quarter of what is "
             f"allowed, but {subject.memory / 1e9:.1f} GB are. Ask for fewer eigenvalues (k), or allow more memory."
         )
-    return 2 * min(max_products, max(fits, least))
+    return min(max_products, max(fits, least), max(STEPS_PER_PAIR * 2 * k, least))
 
 
 def _zeros(top: Eigenpairs, k: int) -> Eigenpairs:
@@ -283,63 +350,3 @@ def _zeros(top: Eigenpairs, k: int) -> Eigenpairs:
     values = torch.full((k,), 0.0 if known else float("nan"), dtype=torch.float64)
     status = EigenStatus.OK if known else top.status
     return replace(top, values=values, vectors=top.vectors[:, :0], residuals=values.clone(), status=status)
-
-
-def _without_basis(krylov: Krylov | None) -> Krylov | None:
-    if krylov is None:
-        return None
-    nothing = krylov.basis[:0].clone()
-    return replace(krylov, basis=nothing, following=None, locked=nothing)
-
-
-def _hessian_of(subject: Subject, batch: Batch) -> Product:
-    parameters = list(subject.parameters.values())
-    sums, _ = subject.losses(subject.parameters, batch)
-    loss = sums.sum() / subject.terms
-    return _transposed_jacobian(_gradients([loss], parameters, [torch.ones_like(loss)]), parameters)
-
-
-def _ggn_of(subject: Subject, batch: Batch) -> Product:
-    of_outputs = cast(Callable[[Tensor, Tensor], Terms], subject.loss.of_outputs)
-    outputs = subject.outputs(subject.parameters, batch)
-    free = outputs.detach().requires_grad_()
-    sums, _ = of_outputs(free, cast(Tensor, inputs_and_targets(batch)[1]))
-    loss = sums.sum() / subject.terms
-    of_loss = _transposed_jacobian(_gradients([loss], [free], [torch.ones_like(loss)]), [free])
-    return _sandwich(outputs, list(subject.parameters.values()), lambda tangent: of_loss([tangent])[0])
-
-
-def _fisher_of(subject: Subject, batch: Batch) -> Product:
-    sums, _ = subject.losses(subject.parameters, batch)
-    examples = len(subject.examples)
-    losses = sums * (examples / subject.terms)
-    return _sandwich(losses, list(subject.parameters.values()), lambda tangent: tangent / examples)
-
-
-def _sandwich(values: Tensor, parameters: Sequence[Tensor], inner: Callable[[Tensor], Tensor]) -> Product:
-    """The product with J' B J, where J is the Jacobian of `values` and B the map `inner`."""
-    cotangent = torch.zeros_like(values, requires_grad=True)
-    transposed = _transposed_jacobian([values], parameters)
-    forward = _transposed_jacobian(_gradients([values], parameters, [cotangent]), [cotangent])
-    return lambda vector: transposed([inner(forward(vector)[0])])
-
-
-def _transposed_jacobian(values: Sequence[Tensor], inputs: Sequence[Tensor]) -> Product:
-    """The map u -> (d values / d inputs)' u on a graph that is kept; inputs without influence get zeros."""
-    return lambda cotangents: _gradients(values, inputs, cotangents, create_graph=False)
-
-
-def _gradients(
-    values: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor], *, create_graph: bool = True
-) -> Sequence[Tensor]:
-    live = [(value, cotangent) for value, cotangent in zip(values, cotangents, strict=True) if value.requires_grad]
-    if not live:
-        return [torch.zeros_like(tensor) for tensor in inputs]
-    return torch.autograd.grad(
-        [value for value, _ in live],
-        inputs,
-        [cotangent for _, cotangent in live],
-        retain_graph=True,
-        create_graph=create_graph,
-        materialize_grads=True,
-    )

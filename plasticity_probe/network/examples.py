@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from plasticity_probe.errors import DataError, SubjectError
 
@@ -111,14 +112,16 @@ def keep(batches: list[Batch], dtype: torch.dtype = torch.float32, device: torch
 
 
 def batch_size(batch: Batch) -> int:
-    """Number of examples of a batch: the length of its first tensor.
+    """Number of examples of a batch: the length of its first tensor, or the number of sequences where that is packed.
 
     Raises:
         DataError: The batch holds no tensor with a first dimension.
     """
-    for tensor in tensors_of(batch):
-        if tensor.ndim:
-            return len(tensor)
+    for value in _leaves(batch):
+        if isinstance(value, PackedSequence):
+            return int(value.batch_sizes[0])
+        if value.ndim:
+            return len(value)
     raise DataError(
         f"expected a batch that holds tensors with one row per example, got {type(batch).__name__}. Let the loader yield tuples, lists or "
         "mappings of tensors."
@@ -168,9 +171,27 @@ def _sliceable(batch: Batch, size: int) -> bool:
     return all(leaves)
 
 
+def _leaves(batch: Batch) -> Iterator[Tensor | PackedSequence]:
+    if isinstance(batch, Mapping):
+        batch = tuple(batch.values())
+    if isinstance(batch, tuple | list) and not isinstance(batch, PackedSequence):
+        for entry in batch:
+            yield from _leaves(entry)
+    else:
+        yield from [batch] if isinstance(batch, PackedSequence) else tensors_of(batch)
+
+
 def _alike(batches: list[Batch]) -> bool:
-    shapes = {tuple((tuple(t.shape[1:]), t.dtype) for t in tensors_of(batch)) for batch in batches}
-    return len(shapes) == 1
+    return len({_layout(batch) for batch in batches}) == 1
+
+
+def _layout(batch: Batch) -> Any:
+    """Keys, nesting, shapes of an example and types: what batches must share for their tensors to be joined one by one."""
+    if isinstance(batch, Mapping):
+        return tuple((key, _layout(entry)) for key, entry in batch.items())
+    if isinstance(batch, tuple | list):
+        return tuple(_layout(entry) for entry in batch)
+    return tuple((tuple(tensor.shape[1:]), tensor.dtype) for tensor in tensors_of(batch))
 
 
 def _joined(batches: list[Batch]) -> Batch:

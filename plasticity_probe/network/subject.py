@@ -1,7 +1,8 @@
 """The subject of a measurement: a private copy of a network in a stated mode, a per-example loss and a fixed set of examples."""
 
 import os
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -13,14 +14,21 @@ from torch.func import functional_call
 from plasticity_probe.checkpoints.prefixes import strip_prefixes
 from plasticity_probe.errors import SubjectError
 from plasticity_probe.measurement import Conditions
+from plasticity_probe.network.autograd_nodes import recorded
 from plasticity_probe.network.examples import Batch, Examples, read_examples, tensors_of
+from plasticity_probe.network.isolation import without_cudnn
 from plasticity_probe.network.losses import Loss, LossFunction, Terms, custom_loss, infer_loss, outputs_of
 from plasticity_probe.network.private_copy import Mode, private_copy
+from plasticity_probe.network.selection import freeze_others
 
 T = TypeVar("T")
 
-LARGEST_CHUNK = 256
-"""Examples per pass at most (our choice: larger chunks gain nothing on CPU and little on GPU)."""
+LARGEST_CHUNK = 1024
+"""Examples per pass at most (our choice: enough that work on the size of the parameters, once per pass, does not show)."""
+
+PASS_ON_CPU = 2**27
+"""Bytes of activations per pass at most on a CPU (our choice: a residual network was slower by a tenth where a pass took twice as much, because
+memory came fresh from the operating system at every operation)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +42,7 @@ class Subject:
         mode: "eval" (running statistics, no dropout) or "train" (batch statistics; dropout must be absent or it is refused).
         seed: Seed of the run.
         memory: Bytes that a measurement may use beyond the weights and examples.
+        allow_tf32: Whether curvature products may round factors to the ten bits of TF32, on GPUs that have it.
         initial: Weights at initialisation by name, where known.
         training: Examples the network was trained on, where known.
         held_out: Examples it never saw, where known.
@@ -47,6 +56,7 @@ class Subject:
     mode: Mode = "eval"
     seed: int = 0
     memory: int = 2**31
+    allow_tf32: bool = False
     initial: Mapping[str, Tensor] | None = None
     training: Examples | None = None
     held_out: Examples | None = None
@@ -115,9 +125,10 @@ class Subject:
 
     @cached_property
     def chunk(self) -> int:
-        """Examples per pass so that a kept second-order graph, about four times the first-order one, fits half the memory."""
+        """Examples per pass: an eighth of the memory holds their activations, and on a CPU they are no more than is fast."""
         fits = self.memory // (8 * self.activation_bytes)
-        return int(min(LARGEST_CHUNK, max(1, fits)))
+        fast = PASS_ON_CPU // self.activation_bytes if self.device.type == "cpu" else LARGEST_CHUNK
+        return int(min(LARGEST_CHUNK, max(1, min(fits, fast))))
 
     @cached_property
     def activation_bytes(self) -> int:
@@ -126,7 +137,8 @@ class Subject:
 
         def pack(tensor: Tensor) -> Tensor:
             kept[tensor.data_ptr()] = min(tensor.untyped_storage().nbytes(), tensor.numel() * tensor.element_size())
-            return tensor
+            # An operation that kept its own result would never be freed.
+            return tensor.detach()
 
         weights = {parameter.data_ptr() for parameter in self.model.parameters()}
         first = next(iter(self.examples.chunks(8)))
@@ -174,7 +186,13 @@ class Subject:
     def _call(self, parameters: Mapping[str, Tensor], batch: Batch, function: Callable[[nn.Module, Batch], T]) -> T:
         values = {f"model.{name}": value for name, value in parameters.items()}
         values |= {f"model.{name}": buffer.clone() for name, buffer in self.model.named_buffers()}
-        return functional_call(_Applied(self.model, function), values, (batch,))
+        with without_cudnn() if self._recurrent else nullcontext():
+            return functional_call(_Applied(self.model, function), values, (batch,))
+
+    @cached_property
+    def _recurrent(self) -> bool:
+        """Whether a recurrent layer runs, whose cuDNN kernel has no second derivative."""
+        return any(isinstance(module, nn.RNNBase) for module in self.model.modules())
 
     def _each_loss(self) -> Terms:
         with torch.no_grad():
@@ -198,6 +216,8 @@ def subject(
     device: torch.device | str | None = None,
     seed: int = 0,
     memory: int | None = None,
+    parameters: str | Sequence[str] | None = None,
+    allow_tf32: bool = False,
     initial: Mapping[str, Tensor] | None = None,
     training: Iterable[Batch] | Examples | None = None,
     held_out: Iterable[Batch] | Examples | None = None,
@@ -216,6 +236,11 @@ def subject(
         device: Where to compute; by default where the model is.
         seed: Seed of all random draws.
         memory: Bytes a measurement may use; by default half of what is free.
+        parameters: Patterns (`*`, `?`, `[...]`) of the parameters whose gradients and curvature are measured, against names such as
+            "layer1.0.conv1.weight" or of modules such as "layer1.0", which stand for all below; the others are constants. None: all trainable
+            ones. With block-diagonal curvature in mind, one measurement per block.
+        allow_tf32: Let curvature products round factors to the ten bits of TF32, on GPUs that have it: faster, with a relative error near 1e-3
+            instead of 1e-7. `tests/benchmarks/products.py` measures it.
         initial: Weights at initialisation by name.
         training: Examples the network was trained on.
         held_out: Examples it never saw.
@@ -223,9 +248,12 @@ def subject(
 
     Raises:
         SubjectError: Model, loss and data do not go together, or two passes over the same examples differ.
+        UnknownNameError: A pattern of `parameters` fits no parameter.
         DataError: The loader is empty.
     """
     network = private_copy(model, mode, dtype, device)
+    if parameters is not None:
+        freeze_others(network, parameters)
     held = data if isinstance(data, Examples) else read_examples(data, examples)
     shell = Subject(network, _NO_LOSS, held)
     placed = held.take(examples).handed_out_as(shell.dtype, shell.device)
@@ -239,6 +267,7 @@ def subject(
         mode=mode,
         seed=seed,
         memory=memory or free_memory(shell.device) // 2,
+        allow_tf32=allow_tf32,
         initial=_matched(initial, network) if initial else None,
         training=_read(training, examples),
         held_out=_read(held_out, examples),
@@ -336,6 +365,11 @@ def _loss_and_gradients(subject: Subject) -> list[Tensor | None] | None:
         return None
     if not parameters or not sums.requires_grad:
         return [sums.detach(), *([None] if parameters else [])]
+    if any(node.name() == "CheckpointFunctionBackward" for node in recorded([sums])):
+        raise SubjectError(
+            "expected operations that gradients can be taken of, but the model recomputes activations by torch.utils.checkpoint with "
+            "use_reentrant=True, which hides the parameters inside. Call it with use_reentrant=False, or switch it off."
+        )
     return [sums.detach(), *torch.autograd.grad(sums.sum(), list(parameters.values()), allow_unused=True)]
 
 

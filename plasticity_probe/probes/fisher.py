@@ -1,4 +1,4 @@
-"""The rank of the empirical Fisher matrix, exact, from the Gram matrix of the per-example gradients."""
+"""The rank of the empirical Fisher matrix, from the Gram matrix of the per-example gradients or a sketch of it."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from plasticity_probe.errors import UnknownNameError, UsageError
+from plasticity_probe.linalg.nystrom import Sketch, rank_interval
 from plasticity_probe.linalg.ranks import (
     DEFINITIONS,
     effective_rank,
@@ -18,6 +19,7 @@ from plasticity_probe.linalg.ranks import (
 )
 from plasticity_probe.measurement import Measurement, Status
 from plasticity_probe.network.gradients import gram, gram_plan
+from plasticity_probe.network.gram_sketch import gram_fits, gram_sketch, sketch_plan
 from plasticity_probe.network.subject import Subject
 from plasticity_probe.probe import Cost, Need, Probe, measured
 from plasticity_probe.rank import Rank
@@ -40,6 +42,9 @@ class FisherRank(Probe[Rank]):
     min(N, P): compare ranks only at the same number of examples. Lewandowski et al. 2023 (v3) count eigenvalues of F, that is squares of the
     singular values of the gradient matrix; so does `value`. Measured on the next task's data at the weights that the last task left, the
     threshold rank is their count of directions of curvature.
+
+    Where the N x N matrix does not fit the memory, the rank comes from a sketch of it with an interval that holds for certain
+    (`plasticity_probe.linalg.nystrom`), and the message says so.
 
     Args:
         definition: Which rank `value` is, a key of `plasticity_probe.linalg.ranks.DEFINITIONS`; by default that of Lewandowski et al. 2023, the
@@ -79,39 +84,74 @@ class FisherRank(Probe[Rank]):
 
     def cost(self, subject: Subject) -> Cost:
         """The per-example gradients, some of them several times where they do not fit the memory together."""
-        plan = gram_plan(subject.take(self.examples))
+        subject = subject.take(self.examples)
+        plan = gram_plan(subject) if gram_fits(subject) else sketch_plan(subject)
         return Cost(gradients=plan.gradients, bytes=plan.bytes)
 
-    def measure(self, subject: Subject, generator: torch.Generator) -> Rank:  # noqa: ARG002 -- nothing random here
-        """Measures the rank.
+    def measure(self, subject: Subject, generator: torch.Generator) -> Rank:
+        """Measures the rank; the generator draws the landmarks of a sketch.
 
         Raises:
             SubjectError: Examples influence each other (BatchNorm in train mode), so that per-example gradients are not defined.
         """
         subject = subject.take(self.examples)
+        if not gram_fits(subject):
+            return self._sketched(subject, generator)
         ceiling = min(len(subject.examples), subject.size)
         eigenvalues = fisher_eigenvalues(gram(subject))[:ceiling]
         if not eigenvalues.isfinite().all():
             return self._nonfinite(subject, eigenvalues)
+        return self._rank(subject, eigenvalues)
+
+    def _rank(
+        self, subject: Subject, eigenvalues: Tensor, interval: tuple[float, float] | None = None, **told: Any
+    ) -> Rank:
         numerical = numerical_rank(eigenvalues, tol=noise_floor(eigenvalues, len(subject.examples), subject.dtype))
         asked = rank(eigenvalues, self.definition, delta=self.delta, epsilon=self.epsilon)
         value = numerical if self.definition == "numerical_rank" else asked
+        lower, upper = interval or (value, value)
         return Rank(
             conditions=subject.conditions(),
             value=value,
-            ceiling=float(ceiling),
+            ceiling=float(min(len(subject.examples), subject.size)),
             matrix="fisher",
             definition=self.definition,
             delta=self.delta,
             eigenvalues=eigenvalues,
-            lower=value,
-            upper=value,
+            lower=lower,
+            upper=upper,
             threshold_rank=threshold_rank(eigenvalues, self.delta),
             effective_rank=effective_rank(eigenvalues),
             stable_rank=stable_rank(eigenvalues),
             participation_ratio=participation_ratio(eigenvalues),
             numerical_rank=numerical,
+            **told,
         )
+
+    def _sketched(self, subject: Subject, generator: torch.Generator) -> Rank:
+        """The rank from a sketch, with an interval that holds for certain."""
+        count, found = len(subject.examples), gram_sketch(subject, generator)
+        sketch = Sketch(found.values[: subject.size] / count, found.missing / count)
+        values = sketch.values[: sketch_plan(subject).landmarks]
+        if not values.isfinite().all():
+            return self._nonfinite(subject, values)
+        floor = noise_floor(values, count, subject.dtype)
+        cut = floor if self.definition == "numerical_rank" else self.epsilon
+        interval = rank_interval(sketch, self.definition, self.delta, cut)
+        share = sketch.missing / float(values.sum() + sketch.missing) if sketch.missing else 0.0
+        told = (
+            f"estimated: the matrix of {count} examples does not fit the memory, so {len(values)} of them, drawn at random, stand for all. "
+            f"Eigenvalues are lower bounds, together too small by {sketch.missing:.3g} ({share:.2%} of the trace); each lies at most that much "
+            "higher, and the rank lies in its interval for certain"
+        )
+        enough = share <= self.delta
+        remedy = (
+            "."
+            if enough
+            else ". That is more than delta, so the interval is wide: allow more memory, or measure fewer examples."
+        )
+        status = Status.OK if enough else Status.NOT_CONVERGED
+        return self._rank(subject, values, interval, status=status, message=told + remedy)
 
     def _nonfinite(self, subject: Subject, eigenvalues: Tensor) -> Rank:
         numbers = ("value", "lower", "upper", "threshold_rank", "effective_rank", "stable_rank", "participation_ratio")
@@ -149,7 +189,7 @@ def fisher_rank(
         delta: The share of the sum of eigenvalues that a threshold or energy rank leaves out.
         epsilon: Cut-off of the epsilon rank.
         examples: Number of examples measured, and so the largest rank there can be.
-        seed: Recorded with the result; nothing random happens.
+        seed: Seed of the landmarks of a sketch; where the Gram matrix fits the memory nothing random happens.
         options: loss, mode, dtype, device, memory (see `plasticity_probe.network.subject.subject`).
 
     Returns:
@@ -181,7 +221,9 @@ def noise_floor(eigenvalues: Tensor, examples: int, dtype: torch.dtype) -> float
     """The size below which an eigenvalue of the Fisher may be rounding alone.
 
     With e = (N + 1024) times the unit of rounding, gradients computed in `dtype` are known up to e times the largest singular value of their
-    matrix, which moves a zero eigenvalue to at most e^2 of the largest; the products and the eigenvalue problem, both float64, add e of float64.
+    matrix, which moves a zero eigenvalue to at most e^2 of the largest. Their products, summed in float64 over blocks that are multiplied in
+    `dtype`, are known up to one unit of |g_i| |g_j|, which moves an eigenvalue by at most that unit times the trace (the matrix with these
+    entries has rank one and that norm). The eigenvalue problem adds e of float64.
 
     Args:
         eigenvalues: The eigenvalues, descending.
@@ -189,5 +231,6 @@ def noise_floor(eigenvalues: Tensor, examples: int, dtype: torch.dtype) -> float
         dtype: Precision of the gradients.
     """
     units = examples + ROUNDING
-    relative = max((units * torch.finfo(dtype).eps) ** 2, units * torch.finfo(torch.float64).eps)
-    return relative * float(eigenvalues[0])
+    unit = torch.finfo(dtype).eps
+    relative = max((units * unit) ** 2, units * torch.finfo(torch.float64).eps)
+    return max(relative * float(eigenvalues[0]), unit * float(eigenvalues.sum()))

@@ -294,7 +294,7 @@ class GradientNormsProbe(Probe[GradientNorms]):
             gradients=count + plan.gradients,
             products=count * (self.max_products + 1),
             vectors=krylov_vectors(subject, self._pairs(self.k or PAIRS), self.max_products),
-            bytes=max(graph_bytes(subject), plan.bytes),
+            graphs=max(graph_bytes(subject), plan.bytes),
             shared=search_cost(subject, "hessian", self._pairs(self.k or PAIRS), self.tol, self.max_products),
         )
 

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plasticity_probe.errors import UnknownNameError, UsageError
-from plasticity_probe.linalg.operator import DenseOperator
-from plasticity_probe.linalg.quadrature import Quadrature, exact_quadrature, quadrature
+from plasticity_probe.linalg.quadrature import exact_quadrature
 from plasticity_probe.linalg.ranks import (
     DEFINITIONS,
     effective_rank,
@@ -18,7 +17,6 @@ from plasticity_probe.linalg.ranks import (
     numerical_rank,
     participation_ratio,
     rank,
-    rank_of_quadrature,
     stable_rank,
     threshold_rank,
 )
@@ -165,42 +163,8 @@ def test_impossible_settings_are_refused():
 
 
 @pytest.mark.parametrize("name", DEFINITIONS)
-def test_an_exact_quadrature_has_the_rank_of_the_list(name):
+def test_equal_weights_give_the_rank_of_the_list(name):
     for size in (1, 3, 49, 100):
         values = torch.logspace(1, -3, size, dtype=torch.float64)
-        found = rank_of_quadrature(exact_quadrature(values), size, name, epsilon=0.5)
-        assert found.value == pytest.approx(ranked(values, name), rel=1e-9)
-        assert found.interval == (-math.inf, math.inf)
-
-
-def test_the_rank_of_an_estimated_spectrum(symmetric_matrix, generator):
-    values = torch.cat([torch.linspace(1, 2, 60), torch.zeros(340)]).double()
-    found, _ = quadrature(DenseOperator(symmetric_matrix(values)), draws=12, steps=80, generator=generator)
-    for name in (
-        "threshold_rank",
-        "effective_rank",
-        "stable_rank",
-        "participation_ratio",
-        "epsilon_rank",
-        "numerical_rank",
-    ):
-        estimate = rank_of_quadrature(found, 400, name, epsilon=0.5)
-        low, high = estimate.interval
-        assert low < estimate.value < high
-        assert high - low < 0.3 * estimate.value
-        assert abs(estimate.value - ranked(values, name)) < 2 * (high - low), name
-
-
-def test_the_interval_is_students(symmetric_matrix):
-    found = Quadrature(f64(1, 0, 1, 0).reshape(2, 2), f64(0.1, 0.9, 0.3, 0.7).reshape(2, 2))
-    estimate = rank_of_quadrature(found, 10, "epsilon_rank", epsilon=0.5)
-    assert estimate.value == pytest.approx(2)
-    assert estimate.interval == pytest.approx((2 - 12.706204736, 2 + 12.706204736))
-
-
-def test_a_quadrature_without_numbers_is_refused():
-    nothing = Quadrature(f64(math.nan).reshape(1, 1), f64(math.nan).reshape(1, 1))
-    with pytest.raises(UsageError, match="finite"):
-        rank_of_quadrature(nothing, 10)
-    with pytest.raises(UsageError, match="size"):
-        rank_of_quadrature(exact_quadrature(f64(1)), 0)
+        weights = size * exact_quadrature(values).weights[0]
+        assert rank(values, name, epsilon=0.5, weights=weights) == pytest.approx(ranked(values, name), rel=1e-9)

@@ -10,8 +10,19 @@ from torch.func import functional_call
 
 from plasticity_probe.errors import BudgetError, SubjectError, UnknownNameError
 from plasticity_probe.linalg.operator import to_dense
-from plasticity_probe.network import curvature as module
-from plasticity_probe.network.curvature import curvature, eigenpairs, fisher, ggn, graph_bytes, hessian, keeps_graphs
+from plasticity_probe.network.curvature import (
+    MATRICES,
+    curvature,
+    eigenpairs,
+    fisher,
+    ggn,
+    graph_bytes,
+    hessian,
+    keeps_graphs,
+    krylov_vectors,
+    rank_limit,
+    true_fisher,
+)
 from plasticity_probe.network.isolation import isolated
 from plasticity_probe.network.losses import cross_entropy_terms
 from plasticity_probe.network.subject import Subject, subject
@@ -143,6 +154,21 @@ def dense_ggn(made: Subject) -> Tensor:
     return jacobian.T @ inner @ jacobian  # type: ignore[union-attr, operator]
 
 
+def dense_true_fisher(made: Subject) -> Tensor:
+    """The mean over loss terms of what each class would contribute, g g' weighted with the probability that the model gives it."""
+    (batch,) = made.examples.chunks(len(made.examples))
+    outputs, targets = made.outputs(made.parameters, batch), batch[1]
+    scores = outputs.reshape(-1, outputs.shape[-1])[targets.reshape(-1) != -100]
+    leaves = list(made.parameters.values())
+    total = torch.zeros(made.size, made.size, dtype=torch.float64)
+    for term in scores.log_softmax(1):
+        for likely in term:
+            parts = torch.autograd.grad(-likely, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
+            g = torch.cat([part.reshape(-1) for part in parts])
+            total += float(likely.detach().exp()) * g.outer(g)
+    return total / len(scores)
+
+
 def relative(found: Tensor, truth: Tensor) -> float:
     return float((found.double() - truth.double()).norm() / truth.double().norm())
 
@@ -170,7 +196,37 @@ def test_fisher_is_the_dense_one(name):
     assert relative(to_dense(fisher(made)), dense_fisher(made)) < 1e-12
 
 
-@pytest.mark.parametrize("matrix", ["hessian", "ggn", "fisher"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_true_fisher_is_the_dense_one_and_takes_no_targets(name):
+    build, data = NETWORKS[name]
+    net, loader = build().double(), data()
+    made = subject(net, loader)
+    found = to_dense(true_fisher(made))
+    assert relative(found, dense_true_fisher(made)) < 1e-12
+    assert relative(found, to_dense(fisher(made))) > 0.1
+    inputs, targets = loader[0]
+    others = torch.where(targets == -100, targets, (targets + 1) % 3)
+    assert torch.equal(to_dense(true_fisher(subject(net, [(inputs, others)]))), found)
+
+
+def test_true_fisher_of_squared_error_is_that_of_the_gaussian_whose_likelihood_it_is():
+    net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    made = subject(net, [(torch.randn(11, 4), torch.randn(11, 2))])
+    (batch,) = made.examples.chunks(11)
+    outputs = made.outputs(made.parameters, batch).detach()
+    noise = torch.randn(11, 2, 200_000, generator=generator(), dtype=torch.float64)
+    # The loss |z - t|^2 / 2 has the gradient z - t, whose covariance is that of t: variance 2 / 2 = 1 per output.
+    sampled = torch.einsum("nds,nes->nde", noise, noise) / noise.shape[2]
+    jacobian = torch.autograd.functional.jacobian(
+        lambda v: made.outputs(made.unflatten(v), batch), made.flatten(made.parameters).detach()
+    )
+    drawn = torch.einsum("ndp,nde,neq->pq", jacobian, sampled, jacobian) / len(outputs)
+    exact = torch.einsum("ndp,ndq->pq", jacobian, jacobian) / len(outputs)
+    assert relative(to_dense(true_fisher(made)), exact) < 1e-12
+    assert relative(drawn, exact) < 0.02
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
 def test_float32_is_close_to_float64(matrix):
     build, data = NETWORKS["convolution and BatchNorm"]
     net, loader = build(), data()
@@ -249,6 +305,8 @@ def test_custom_loss_has_hessian_and_fisher_but_no_ggn():
     assert relative(to_dense(fisher(made)), dense_fisher(made)) < 1e-12
     with pytest.raises(SubjectError, match="loss of outputs and targets"):
         ggn(made)
+    with pytest.raises(SubjectError, match="cross-entropy or squared error"):
+        true_fisher(made)
 
 
 def test_unknown_matrix_is_named():
@@ -256,29 +314,63 @@ def test_unknown_matrix_is_named():
         curvature(subject(nn.Linear(4, 3), rows()), "hesian")
 
 
-@pytest.mark.parametrize("matrix", ["hessian", "ggn", "fisher"])
-def test_kept_recomputed_and_chunked_agree(matrix, monkeypatch):
-    build, data = NETWORKS["convolution and BatchNorm"]
-    made = subject(build().double(), data())
-    v = torch.randn(made.size, dtype=torch.float64)
-    kept = curvature(made, matrix)
-    assert keeps_graphs(made)
-    truth = kept @ v
-    monkeypatch.setattr(module, "keeps_graphs", lambda subject: False)
-    assert torch.equal(curvature(made, matrix) @ v, truth)
-    made.__dict__["chunk"] = 3
-    assert relative(curvature(made, matrix) @ v, truth) < 1e-14
-
-
-def test_little_memory_recomputes_in_chunks():
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_kept_recomputed_and_chunked_agree(matrix):
     build, data = NETWORKS["convolution and BatchNorm"]
     net, loader = build().double(), data()
-    ample, scarce = subject(net, loader), subject(net, loader, memory=60_000)
-    assert keeps_graphs(ample)
-    assert not keeps_graphs(scarce)
-    assert scarce.chunk < 11
-    assert graph_bytes(scarce) <= 60_000 // 2 < graph_bytes(ample)
+    ample = subject(net, loader)
+    v = torch.randn(ample.size, 2, dtype=torch.float64)
+    kept = curvature(ample, matrix)
+    truth = kept @ v
+    assert keeps_graphs(ample, matrix)
+    assert torch.equal(kept @ v, truth)
+    just_too_little = subject(net, loader, memory=2 * graph_bytes(ample, matrix) - 2)
+    assert not keeps_graphs(just_too_little, matrix)
+    assert relative(curvature(just_too_little, matrix) @ v, truth) < 1e-14
+
+
+def test_graphs_are_kept_up_to_half_the_memory():
+    build, data = NETWORKS["convolution and BatchNorm"]
+    net, loader = build().double(), data()
+    needed = graph_bytes(subject(net, loader))
+    enough, one_byte_less = (subject(net, loader, memory=2 * (needed - less)) for less in (0, 1))
+    assert keeps_graphs(enough)
+    assert graph_bytes(enough) == needed
+    assert not keeps_graphs(one_byte_less)
+    assert graph_bytes(one_byte_less) < needed
+
+
+def test_little_memory_recomputes_in_chunks_that_fit():
+    build, data = NETWORKS["convolution and BatchNorm"]
+    net, loader = build().double(), data()
+    ample = subject(net, loader)
+    memory = graph_bytes(ample)
+    scarce = subject(net, loader, memory=memory)
+    assert graph_bytes(scarce) <= memory // 2 < graph_bytes(ample)
     assert relative(to_dense(hessian(scarce)), to_dense(hessian(ample))) < 1e-12
+    hardly_any = subject(net, loader, memory=1)
+    assert relative(to_dense(hessian(hardly_any)), to_dense(hessian(ample))) < 1e-12
+
+
+def test_recomputed_graphs_are_built_once_for_all_vectors_and_freed_before_the_next():
+    built: list[weakref.ref[Tensor]] = []
+    together: list[int] = []
+
+    class Watched(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = torch.tanh(x)
+            built.append(weakref.ref(hidden))
+            together.append(sum(each() is not None for each in built))
+            return hidden * hidden
+
+    made = subject(nn.Sequential(nn.Linear(4, 6), Watched(), nn.Linear(6, 3)), rows(), memory=1)
+    operator = hessian(made)
+    made.terms  # noqa: B018 -- the forward pass that counts the terms is not what is watched
+    built.clear()
+    together.clear()
+    operator @ torch.randn(made.size, 5)
+    assert len(built) == 11  # the examples, one at a time
+    assert max(together) == 1
 
 
 def test_graphs_are_built_once_and_kept():
@@ -397,14 +489,167 @@ def test_eigenpairs_of_opposite_sign_and_equal_size_are_both_found():
     found = eigenpairs(made, k=1, generator=generator())
     assert float(found.top.values[0]) == pytest.approx(2.0, rel=1e-6)
     assert float(found.bottom.values[0]) == pytest.approx(-2.0, rel=1e-6)
-    assert found.krylov is not None
-    assert found.krylov.basis.numel() == 0
 
 
 def test_too_little_memory_for_the_eigenvectors_is_refused():
     made = subject(nn.Linear(600, 3), [(torch.randn(8, 600), torch.randint(0, 3, (8,)))], memory=100_000)
     with pytest.raises(BudgetError, match="more memory"):
         eigenpairs(made, k=10, generator=generator())
+
+
+def test_the_search_for_eigenpairs_stays_within_a_quarter_of_the_memory():
+    made = subject(nn.Linear(600, 3), [(torch.randn(8, 600), torch.randint(0, 3, (8,)))])
+    vector = 4 * made.size
+    assert krylov_vectors(made, 10, 300) == 140
+    tight = subject(made.model, made.examples, memory=4 * vector * 90)
+    assert krylov_vectors(tight, 10, 300) == 90
+    assert eigenpairs(tight, k=10, generator=generator()).top.status == "ok"
+
+
+@pytest.mark.parametrize("name", ["mlp", "unused parameter", "tied head"])
+def test_no_matrix_has_a_larger_rank_than_its_limit(name):
+    build, data = NETWORKS[name]
+    made = subject(build().double(), data())
+    limits = {matrix: rank_limit(made, matrix) for matrix in MATRICES}
+    for matrix, limit in limits.items():
+        assert torch.linalg.matrix_rank(to_dense(curvature(made, matrix)), hermitian=True) <= limit
+    assert limits["ggn"] == limits["true_fisher"] <= int(made.terms) * (6 if made.terms != 11 else 2)
+
+
+BLOCKS: dict[str, tuple[str, str | list[str], list[str]]] = {
+    "a layer by its module": ("relu", "2", ["2.weight", "2.bias"]),
+    "a block by a pattern": ("convolution and BatchNorm", "[01].*", ["0.weight", "0.bias", "1.weight", "1.bias"]),
+    "several patterns": ("relu", ["0.weight", "4"], ["0.weight", "4.weight", "4.bias"]),
+    "all weights": ("mlp", "*weight", ["0.weight", "2.weight"]),
+    "one of two tied names": ("tied head", "head", ["embedding.weight"]),
+}
+
+
+@pytest.mark.parametrize("case", BLOCKS)
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_some_parameters_give_the_diagonal_block_of_the_matrix(case, matrix):
+    name, pattern, names = BLOCKS[case]
+    build, data = NETWORKS[name]
+    net, loader = build().double(), data()
+    whole, block = subject(net, loader), subject(net, loader, parameters=pattern)
+    assert list(block.parameters) == names
+    assert hessian(block).size == block.conditions().parameters == sum(net.get_parameter(n).numel() for n in names)
+    marks = whole.flatten({n: torch.full_like(p, n in names) for n, p in whole.parameters.items()}).bool()
+    dense = to_dense(curvature(whole, matrix))[marks][:, marks]
+    assert relative(to_dense(curvature(block, matrix)), dense) < 1e-12
+
+
+class ThroughTime(nn.Module):
+    """A recurrent layer and a head on its last output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent = nn.LSTM(2, 2, num_layers=2, batch_first=True)
+        self.head = nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.recurrent(x[:, :, 0].mT)[0][:, -1])
+
+
+def grouped() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Tanh(), nn.Flatten(), nn.Linear(64, 3))
+
+
+def normalised(norm: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    net = nn.Sequential(norm(nn.Conv2d(2, 3, 3)), nn.Tanh(), nn.Flatten(), norm(nn.Linear(48, 3)))
+    net(torch.randn(2, 2, 6, 6))
+    return net
+
+
+HARD: dict[str, Callable[[], nn.Module]] = {
+    "LSTM": ThroughTime,
+    "weight_norm": lambda: normalised(nn.utils.parametrizations.weight_norm),
+    "spectral_norm": lambda: normalised(nn.utils.parametrizations.spectral_norm),
+    "GroupNorm": grouped,
+}
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_products_repeat_with_other_vectors_where_linearisation_fails(name):
+    made = subject(HARD[name]().double(), images())
+    truth, g = dense_hessian(made), generator()
+    with hessian(made) as operator:
+        for _ in range(3):
+            v = torch.randn(made.size, generator=g, dtype=torch.float64)
+            assert relative(operator @ v, truth @ v) < 1e-12
+
+
+def test_cudnn_is_off_where_a_recurrent_layer_runs_and_nowhere_else():
+    seen: list[bool] = []
+
+    class Head(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            seen.append(torch.backends.cudnn.enabled)
+            return super().forward(input)
+
+    recurrent = ThroughTime()
+    recurrent.head = Head(2, 3)
+    made = subject(recurrent, images())
+    seen.clear()
+    assert made.mean_loss > 0
+    assert set(seen) == {False}
+    made = subject(nn.Sequential(nn.Flatten(), Head(72, 3)), images())
+    seen.clear()
+    assert made.mean_loss > 0
+    assert set(seen) == {True}
+    assert torch.backends.cudnn.enabled
+
+
+@pytest.mark.parametrize("memory", [None, 1])
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_a_product_reads_nothing_from_the_device(matrix, memory, monkeypatch):
+    build, data = NETWORKS["convolution and BatchNorm"]
+    made = subject(build(), data(), memory=memory)
+    operator, v = curvature(made, matrix), torch.randn(made.size)
+    made.terms  # noqa: B018 -- read once for a subject
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a number was read from the device")
+
+    readers = (
+        "item",
+        "tolist",
+        "cpu",
+        "numpy",
+        "__float__",
+        "__int__",
+        "__bool__",
+        "__array__",
+        "nonzero",
+        "__index__",
+    )
+    for name in readers:
+        monkeypatch.setattr(Tensor, name, refuse)
+    first = operator @ v
+    again = operator @ v
+    monkeypatch.undo()
+    assert torch.equal(first, again)
+    assert first.abs().sum() > 0
+
+
+def test_tf32_is_off_in_products_unless_asked():
+    seen: list[str] = []
+
+    class Watched(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            seen.append(torch.backends.cuda.matmul.fp32_precision)
+            return super().forward(input)
+
+    def precision(allow: bool) -> str:
+        made = subject(Watched(4, 3), rows(), allow_tf32=allow)
+        operator = hessian(made)
+        seen.clear()
+        operator @ torch.ones(made.size)
+        return seen[-1]
+
+    assert precision(False) == "ieee"
+    assert precision(True) == "tf32"
+    assert torch.backends.cuda.matmul.fp32_precision == "ieee"
 
 
 def test_cross_entropy_is_the_loss_under_test():

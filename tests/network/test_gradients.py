@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from plasticity_probe.errors import SubjectError
-from plasticity_probe.network import gradients
+from plasticity_probe.network.example_gradients import example_gradients, route_of
 from plasticity_probe.network.examples import map_tensors
 from plasticity_probe.network.gradients import (
     covariance_trace,
@@ -31,12 +31,12 @@ Judge = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Case:
-    """A network, its batches, its loss written out by hand, and how its gradients should be found."""
+    """A network, its batches, its loss written out by hand, and whether its gradients should be read off the graph."""
 
     model: Callable[[], nn.Module]
     batches: list[Any]
     judge: Judge
-    vectorises: bool = True
+    read: bool = True
     given: bool = False
 
     def subject(self, **options: Any) -> Subject:
@@ -136,13 +136,9 @@ CASES = {
         squared_error,
     ),
     "conv": Case(conv_net, ragged(torch.randn(11, 2, 8, 8), torch.randint(3, (11,))), cross_entropy),
-    "gru": Case(
-        lambda: Recurrent(nn.GRU), ragged(torch.randn(9, 6, 3), torch.randint(2, (9,))), cross_entropy, vectorises=False
-    ),
-    "lstm": Case(
-        lambda: Recurrent(nn.LSTM), ragged(torch.randn(9, 6, 3), torch.randint(2, (9,))), cross_entropy, False
-    ),
-    "branching": Case(Branching, ragged(torch.randn(9, 3), torch.randint(2, (9,))), cross_entropy, vectorises=False),
+    "gru": Case(lambda: Recurrent(nn.GRU), ragged(torch.randn(9, 6, 3), torch.randint(2, (9,))), cross_entropy),
+    "lstm": Case(lambda: Recurrent(nn.LSTM), ragged(torch.randn(9, 6, 3), torch.randint(2, (9,))), cross_entropy),
+    "branching": Case(Branching, ragged(torch.randn(9, 3), torch.randint(2, (9,))), cross_entropy, read=False),
     "language": Case(TiedLanguageModel, language_batches(), tokens),
     "language, loss given": Case(TiedLanguageModel, language_batches(), tokens, given=True),
     "lists": Case(
@@ -152,7 +148,7 @@ CASES = {
             for lengths in ((4, 2), (3, 3, 1), (5,), (2, 2, 2))
         ],
         whole_lists,
-        vectorises=False,
+        read=False,
         given=True,
     ),
 }
@@ -199,8 +195,7 @@ def test_per_example_gradients_are_those_of_dense_autograd(case: Case) -> None:
     made = case.subject()
     exact = by_hand(case, made)
     assert relative(all_gradients(made), exact) < 1e-12
-    route = made.memo["per_example_route"]
-    assert (route is gradients._vectorised) or not case.vectorises
+    assert (set(route_of(made).orders) == set(made.parameters)) == case.read
     single = case.subject(dtype=torch.float32)
     assert relative(all_gradients(single).double(), exact) < 1e-4
 
@@ -214,12 +209,15 @@ def test_the_mean_gradient_is_that_of_the_mean_loss(case: Case) -> None:
     assert mean_gradient(made) is found
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 100])
-def test_the_gram_matrix_does_not_depend_on_the_memory(case: Case, rows: int) -> None:
+@pytest.mark.parametrize("memory", [1, 500, 2000, 4000, 2**30])
+def test_the_gram_matrix_does_not_depend_on_the_memory(case: Case, memory: int) -> None:
     made = case.subject()
     exact = by_hand(case, made)
-    limited = case.subject(memory=2 * rows * made.size * 8 + 8)
-    assert gram_plan(limited).rows == min(rows, len(exact))
+    limited = case.subject(memory=memory)
+    groups = gram_plan(limited).groups
+    assert [name for names, _ in groups for name in names] == list(made.parameters)
+    assert memory > 1 or (len(groups) > 1 and groups[0][1] == 1)
+    assert memory < 2**30 or groups == ((tuple(made.parameters), len(exact)),)
     found = gram(limited)
     assert found.dtype == torch.float64
     assert torch.equal(found, found.T)
@@ -228,20 +226,27 @@ def test_the_gram_matrix_does_not_depend_on_the_memory(case: Case, rows: int) ->
 
 
 def test_the_plan_counts_the_gradients_that_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = CASES["mlp"].subject(memory=2 * 10 * 43 * 8)
+    kept = {"0.weight": 4 + 5, "0.bias": 5, "2.weight": 5 + 3, "2.bias": 3}
+    made = CASES["mlp"].subject(memory=2 * 33 * 14 * 8)
+    assert route_of(made).kept == kept
     seen: list[int] = []
-    taken = per_example_gradients
 
-    def counting(subject: Subject, batch: Any) -> Tensor:
+    def counting(subject: Subject, batch: Any, names: Any) -> Any:
         seen.append(len(batch[1]))
-        return taken(subject, batch)
+        return example_gradients(subject, batch, names)
 
-    monkeypatch.setattr(gradients, "per_example_gradients", counting)
+    monkeypatch.setattr("plasticity_probe.network.gradients.example_gradients", counting)
     gram(made)
     plan = gram_plan(made)
-    assert (plan.rows, plan.gradients) == (10, 33 + 23 + 13 + 3)
-    assert sum(seen) == plan.gradients
-    assert plan.bytes == 10 * 43 * 8 + 8 * 33**2
+    assert plan.groups == ((("0.weight", "0.bias"), 33), (("2.weight", "2.bias"), 33))
+    assert sum(seen) == plan.gradients == 66
+    assert plan.multiplications == 33 * 34 // 2 * ((4 + 5) + 5 + (5 + 3) + 3)
+    assert plan.peak >= 33 * 14 * 8 + 8 * 33**2
+    assert 0 <= plan.bytes <= plan.peak
+    small = CASES["mlp"].subject(memory=2 * 10 * 9 * 8)
+    seen.clear()
+    gram(small)
+    assert sum(seen) == gram_plan(small).gradients > 3 * 33
 
 
 def test_gradients_of_linear_softmax_regression_in_closed_form() -> None:

@@ -155,7 +155,8 @@ def test_where_it_is_not_defined_a_sentence_says_why() -> None:
     assert "mode='eval'" in reason(subject(coupled, [(x, y)], mode="train"))
     triple = subject(nn.Linear(4, 3), [(x, y, y)], loss=lambda m, b: F.cross_entropy(m(b[0]), b[1], reduction="none"))
     assert "no pairs" in reason(triple)
-    time_first = subject(nn.Linear(4, 3), [(x.expand(2, 6, 4), y)], loss=lambda m, b: m(b[0]).sum((0, 2)))
+    batch = {"labels": y, "x": x.expand(2, 6, 4)}
+    time_first = subject(nn.Linear(4, 3), [batch], loss=lambda m, b: m(b["x"]).sum((0, 2)))
     assert "no row per example" in reason(time_first)
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from plasticity_probe.errors import SubjectError
+from plasticity_probe.errors import SubjectError, UnknownNameError
 from plasticity_probe.network.isolation import isolated
 from plasticity_probe.network.private_copy import private_copy
 from plasticity_probe.network.subject import subject
@@ -144,6 +144,37 @@ def test_a_memo_is_kept_per_set_of_examples() -> None:
     assert len(calls) == 2
 
 
+def test_an_unknown_pattern_of_parameters_is_refused_with_what_exists() -> None:
+    with pytest.raises(UnknownNameError, match=r"no parameter or module named '1'.*0\.weight"):
+        subject(mlp(), RAGGED, parameters=["0", "1"])
+    names = "stem", "layer1", "layer2", "head"
+    deep = nn.ModuleDict({name: nn.ModuleList(nn.Linear(4, 4) for _ in range(20)) for name in names})
+    listed = r"Did you mean 'layer2' or 'layer1'\?.*Known: head, layer1, layer2, stem\."
+    with pytest.raises(UnknownNameError, match=listed):
+        subject(deep, RAGGED, parameters="layer.*")
+
+
+def test_a_pattern_that_fits_only_frozen_parameters_is_refused() -> None:
+    model = mlp()
+    model[0].requires_grad_(False)
+    assert set(subject(model, RAGGED, parameters="*weight").parameters) == {"2.weight"}
+    with pytest.raises(SubjectError, match="those that fit 0, but they are frozen"):
+        subject(model, RAGGED, parameters="0")
+
+
+def test_the_choice_of_parameters_leaves_the_users_model_alone() -> None:
+    model = mlp()
+    subject(model, RAGGED, parameters="0")
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_pass_holds_at_most_an_eighth_of_the_memory_and_at_least_one_example() -> None:
+    ample, scarce, none = (subject(mlp(), RAGGED, memory=memory) for memory in (None, 16 * 8 * 100, 1))
+    assert ample.chunk == 1024
+    assert scarce.chunk == 16 * 100 // scarce.activation_bytes
+    assert none.chunk == 1
+
+
 class _Fails(Exception):
     pass
 
@@ -164,6 +195,26 @@ def test_isolation_restores_every_global_bit(fail: bool) -> None:
     torch.backends.cudnn.benchmark = False
 
 
+_PRECISIONS = tuple(
+    getattr(backend, kind) for backend in (torch.backends.cudnn, torch.backends.mkldnn) for kind in ("conv", "rnn")
+)
+
+
+@pytest.mark.parametrize("wish", ["highest", "high", "medium"])
+def test_isolation_multiplies_float32_with_all_bits_whatever_was_asked_for(wish: str) -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(wish)
+    try:
+        state = _global_state()
+        with isolated():
+            assert {each.fp32_precision for each in (torch.backends.cuda.matmul, *_PRECISIONS)} == {"ieee"}
+            assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+        assert _global_state() == state
+        assert torch.get_float32_matmul_precision() == wish
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def _global_state() -> tuple:
     cudnn = torch.backends.cudnn
     switches = (
@@ -172,6 +223,7 @@ def _global_state() -> tuple:
         cudnn.deterministic,
         cudnn.allow_tf32,
         torch.backends.cuda.matmul.allow_tf32,
+        *(each.fp32_precision for each in (torch.backends.cuda.matmul, *_PRECISIONS)),
     )
     sdp = torch.backends.cuda
     attention = (

@@ -1,0 +1,255 @@
+"""The search for extreme eigenpairs in a Krylov space, in steps that stop for a reason.
+
+The space grows until the pairs of an end have converged. Then a Lanczos run from an independent random vector looks at what the space lacks.
+What it finds is taken in with further random starts, whose number doubles each time, and the search goes on. At the end a product with a
+random combination of all pairs tests what the search says of them.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from plasticity_probe.linalg.completeness import Evidence, run_outside
+from plasticity_probe.linalg.dense import column_norms, vector_norm
+from plasticity_probe.linalg.inspection import EigenStatus
+from plasticity_probe.linalg.krylov_space import KrylovSpace, Ritz
+
+MISSED = 1e-4
+"""Probability with which an eigenvalue that was missed may be declared absent (our choice)."""
+
+INDISTINCT = 4.0
+"""Multiples of what rounding leaves up to which a limit is not told from rounding (our choice: twice the margin of a value that is rounding)."""
+
+STARTS = 16
+"""The most random starts that join at once after something was missed (our choice); their number doubles each time."""
+
+UNASKED = 8
+"""Steps between looks at the numbers where looking interrupts an accelerator (our choice)."""
+
+
+@dataclass(frozen=True)
+class End:
+    """One end of a spectrum, as the largest values of ``sign * A``: so many of them, or where `count` is None all beyond a limit."""
+
+    sign: float
+    count: int | None
+    limit: float = 0.0
+
+    def order(self, values: Tensor) -> list[int]:
+        """The places of descending values, from this end."""
+        places = list(range(values.numel()))
+        return places if self.sign > 0 else places[::-1]
+
+    def wanted(self, values: Tensor) -> list[int]:
+        """The places of the values asked for, the outermost first."""
+        order = self.order(values)
+        if self.count is not None:
+            return order[: self.count]
+        return [place for place in order if self.sign * float(values[place]) >= self.limit]
+
+    @property
+    def asked(self) -> bool:
+        """Whether anything is asked for at this end."""
+        return self.count != 0
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """The pairs of the normalised operator, outermost first at each end, and what the products gave away."""
+
+    values: tuple[Tensor, Tensor]
+    vectors: tuple[Tensor, Tensor]
+    residuals: tuple[Tensor, Tensor]
+    overlooked: tuple[float, float]
+    flaw: EigenStatus | None
+    norm: float
+    steps: int
+
+
+@dataclass(frozen=True, eq=False)
+class Search:
+    """A space and the rules that every step of the search keeps to."""
+
+    space: KrylovSpace
+    ends: tuple[End, End]
+    tol: float
+    max_products: int
+
+    def allowed(self, values: Tensor) -> Tensor:
+        """The largest residual of a converged pair, for each value."""
+        return (self.tol * values.abs()).clamp(min=self.space.floor)
+
+    @property
+    def spent(self) -> bool:
+        """Whether no step may begin any more."""
+        return self.space.products >= self.max_products
+
+    def wanted(self, ritz: Ritz) -> list[int]:
+        """The places of the values that either end asks for."""
+        return sorted({place for end in self.ends for place in end.wanted(ritz.values)})
+
+    def converged(self, end: End, ritz: Ritz) -> bool:
+        """Whether all pairs that an end asks for are there, with small residuals."""
+        wanted = end.wanted(ritz.values)
+        if sum(each.count or 0 for each in self.ends) > len(ritz.values) < self.space.operator.size:
+            return False
+        return bool((ritz.residuals[wanted] <= self.allowed(ritz.values[wanted])).all())
+
+    def kept(self, ritz: Ritz) -> list[int]:
+        """What a restart keeps: the wanted pairs, and the next ones up to half of what else there is room for."""
+        wanted = self.wanted(ritz)
+        asked = [end for end in self.ends if end.asked]
+        spare = max(0, self.space.capacity - len(wanted)) // (2 * len(asked))
+        kept = set(wanted)
+        for end in asked:
+            kept |= set([place for place in end.order(ritz.values) if place not in kept][:spare])
+        return sorted(kept)[: self.space.capacity - 1]
+
+    def limit(self, end: End, ritz: Ritz) -> float:
+        """The point beyond which nothing may be missing, seen from an end."""
+        if end.count is None:
+            return end.limit
+        last = ritz.values[end.wanted(ritz.values)[-1:]]
+        return float(end.sign * last + self.allowed(last))
+
+    def tilt(self, end: End, ritz: Ritz) -> Tensor:
+        """M of the operator outside of the space, ``B + F M F'``, whose eigenvalues beyond the limit are those that the space lacks."""
+        limit = self.limit(end, ritz)
+        inside = end.sign * ritz.values < limit
+        leaks = self.space.leaks(ritz)[:, inside]
+        return end.sign * (leaks / (limit - end.sign * ritz.values[inside])) @ leaks.T
+
+
+def searched(search: Search) -> Solution:
+    """Solves in a Krylov space: until the pairs of an end have converged and an independent look finds nothing else, for each end."""
+    space, starts, least = search.space, 1, 0
+    overlooked = {end: 0.0 if not end.asked else math.nan for end in search.ends}
+    while ready := _grown(search, [end for end in search.ends if not overlooked[end] <= MISSED], least):
+        least = 0
+        for end in ready:
+            chance = _chance_beyond(search, end)
+            if chance is None:
+                least = max(1, sum(space.add_start() for _ in range(min(starts, space.room - space.waiting))))
+                starts = min(2 * starts, STARTS)
+                break
+            overlooked[end] = chance
+    if not space.finite:
+        return flawed(EigenStatus.NONFINITE, space.norm)
+    return _judged(search, (overlooked[search.ends[0]], overlooked[search.ends[1]]))
+
+
+def _grown(search: Search, ends: Sequence[End], least: int) -> list[End]:
+    """Extends the space by at least so many steps, and until some of these ends have converged: which. None where it may not grow any more."""
+    space, before, checked = search.space, search.space.products, search.space.steps
+    while ends:
+        space.settle()
+        if not space.finite or space.asymmetry > visible(space.operator.dtype) * space.norm:
+            return []
+        due = space.steps - checked >= space.steps // 16 or space.waiting == 0 or search.spent or space.room == 0
+        if due and space.products - before >= least:
+            ritz, checked = space.ritz(), space.steps
+            if ready := [end for end in ends if search.converged(end, ritz)]:
+                return [] if search.spent else ready
+        if search.spent or (space.waiting == 0 and not space.add_start()):
+            return []
+        if space.room == 0:
+            ritz = space.ritz()
+            space.restart(ritz, search.kept(ritz))
+            checked = space.steps
+            if space.room == 0:
+                return []
+        together = UNASKED if space.waits_on_device and space.waiting == 1 else 1
+        for _ in range(min(together, space.room, search.max_products - space.products)):
+            space.expand()
+    return []
+
+
+def _chance_beyond(search: Search, end: End) -> float | None:
+    """Runs Lanczos from a random vector outside of the space: the chance of having overlooked something, or None where something is there."""
+    space = search.space
+    ritz = space.ritz()
+    limit, tilt = search.limit(end, ritz), search.tilt(end, ritz)
+    evidence = Evidence(limit, end.sign)
+    chance = evidence.chance_overlooked(space.operator.size)
+    for alpha, beta in run_outside(space, tilt):
+        space.finite = math.isfinite(alpha) and math.isfinite(beta)
+        evidence = evidence.after(alpha, beta)
+        if evidence.found:
+            return None
+        chance = evidence.chance_overlooked(space.operator.size)
+        rounding = max(abs(limit) / INDISTINCT, beta) <= space.floor
+        if rounding or chance <= MISSED or search.spent:
+            return 0.0 if rounding else chance
+    return 0.0
+
+
+def _judged(search: Search, overlooked: tuple[float, float]) -> Solution:
+    """The pairs of a space, tested by a product with a random combination of them."""
+    space = search.space
+    ritz = space.ritz()
+    places = [end.wanted(ritz.values) for end in search.ends]
+    together = search.wanted(ritz)
+    vectors = _orthonormalised(space.vectors(ritz.coordinates[:, together]))
+    deviation, flaw = _deviation(search, ritz, together, vectors)
+    coordinates = ritz.coordinates[:, together]
+    squares = column_norms(space.residual_vectors(coordinates)).square() + space.dropped_lengths(coordinates).square()
+    residuals = torch.sqrt(squares + deviation**2)
+    column = {place: index for index, place in enumerate(together)}
+    chosen = [[column[place] for place in each] for each in places]
+    return Solution(
+        values=(ritz.values[places[0]], ritz.values[places[1]]),
+        vectors=(vectors[:, chosen[0]], vectors[:, chosen[1]]),
+        residuals=(residuals[chosen[0]], residuals[chosen[1]]),
+        overlooked=overlooked,
+        flaw=flaw,
+        norm=max(space.norm, float(ritz.values.abs().max())),
+        steps=space.steps,
+    )
+
+
+def _orthonormalised(vectors: Tensor) -> Tensor:
+    """Nearly orthonormal columns made orthonormal to rounding, each next to where it was (one Newton step for the polar factor)."""
+    overlap = vectors.T @ vectors
+    return vectors @ (1.5 * torch.eye(len(overlap), dtype=vectors.dtype, device=vectors.device) - 0.5 * overlap)
+
+
+def _deviation(search: Search, ritz: Ritz, places: Sequence[int], vectors: Tensor) -> tuple[float, EigenStatus | None]:
+    """By how much a product with a random combination of pairs differs from what the space predicts, and what is wrong if that is visible."""
+    space, count = search.space, len(places)
+    if count == 0:
+        return 0.0, None
+    limit = visible(space.operator.dtype) * space.norm
+    signs = 2 * torch.randint(0, 2, (count,), generator=space.generator, device=space.generator.device) - 1
+    sizes = 0.5 + torch.rand(count, generator=space.generator, device=space.generator.device, dtype=torch.float64)
+    shares = (signs * sizes).cpu()
+    shares = shares / vector_norm(shares)
+    combined = vectors @ shares.to(vectors)
+    product = space.operator @ combined
+    coordinates = ritz.coordinates[:, list(places)] @ shares
+    predicted = (
+        vectors @ (shares * ritz.values[list(places)]).to(vectors)
+        + space.residual_vectors(coordinates.unsqueeze(1))[:, 0]
+    )
+    deviation = vector_norm(product - predicted)
+    if not math.isfinite(deviation):
+        return deviation, EigenStatus.NONFINITE
+    if max(space.asymmetry, math.sqrt(count) * deviation) <= limit:
+        return deviation, None
+    again = vector_norm(space.operator @ combined - product)
+    symmetric = space.asymmetry <= limit
+    return deviation, EigenStatus.NOT_REPEATABLE if symmetric or again > limit else EigenStatus.ASYMMETRIC
+
+
+def flawed(flaw: EigenStatus, norm: float) -> Solution:
+    """What is left to say where the operator is not fit to be searched."""
+    nothing = torch.empty(0)
+    pair = (nothing, nothing)
+    return Solution(pair, pair, pair, (math.nan, math.nan), flaw, norm, 0)
+
+
+def visible(dtype: torch.dtype) -> float:
+    """Relative size of a flaw that is no rounding (our choice: far above it, below the usual tolerance of an eigenvalue)."""
+    return math.sqrt(torch.finfo(dtype).eps)
