@@ -15,7 +15,7 @@ from torch import Tensor
 from plasticity_probe.linalg.completeness import Evidence, run_outside
 from plasticity_probe.linalg.dense import column_norms, vector_norm
 from plasticity_probe.linalg.inspection import EigenStatus
-from plasticity_probe.linalg.krylov_space import KrylovSpace, Ritz
+from plasticity_probe.linalg.krylov_space import NEGLIGIBLE, KrylovSpace, Ritz
 
 MISSED = 1e-4
 """Probability with which an eigenvalue that was missed may be declared absent (our choice)."""
@@ -146,7 +146,7 @@ def _grown(search: Search, ends: Sequence[End], least: int) -> list[End]:
     space, before, checked = search.space, search.space.products, search.space.steps
     while ends:
         space.settle()
-        if not space.finite or space.asymmetry > visible(space.operator.dtype) * space.norm:
+        if not space.finite or _is_asymmetric(space):
             return []
         due = space.steps - checked >= space.steps // 16 or space.waiting == 0 or search.spent or space.room == 0
         if due and space.products - before >= least:
@@ -167,6 +167,17 @@ def _grown(search: Search, ends: Sequence[End], least: int) -> list[End]:
     return []
 
 
+def _is_asymmetric(space: KrylovSpace) -> bool:
+    """Whether products deviate visibly from symmetry; a fresh vector may show a norm beside which they do not."""
+    limit = visible(space.operator.dtype)
+    if space.asymmetry <= limit * space.norm:
+        return False
+    direction = space.random_unit()
+    if direction is not None:
+        space.norm = max(space.norm, vector_norm(space.multiplied(direction)))
+    return space.asymmetry > limit * space.norm
+
+
 def _chance_beyond(search: Search, end: End) -> float | None:
     """Runs Lanczos from a random vector outside of the space: the chance of having overlooked something, or None where something is there."""
     space = search.space
@@ -180,7 +191,7 @@ def _chance_beyond(search: Search, end: End) -> float | None:
         if evidence.found:
             return None
         chance = evidence.chance_overlooked(space.operator.size)
-        rounding = max(abs(limit) / INDISTINCT, beta) <= space.floor
+        rounding = abs(limit) <= INDISTINCT * space.floor and beta <= NEGLIGIBLE * space.floor
         if rounding or chance <= MISSED or search.spent:
             return 0.0 if rounding else chance
     return 0.0

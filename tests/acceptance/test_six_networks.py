@@ -24,7 +24,7 @@ from plasticity_probe.network.curvature import DENSE_BELOW
 QUICK = [("MLP", "collapsed"), ("tied character LM", "collapsed"), ("conv + BatchNorm", "dead layer")]
 GRID = [(name, state) for name in NETWORKS for state in STATES]
 FISHER_FLOOR = ((six_networks.EXAMPLES + 1024) * SINGLE) ** 2
-"""Share of the largest eigenvalue of the Fisher that rounding may make, from the docstring of `noise_floor`."""
+"""Share of the largest eigenvalue of the Fisher that rounding of the gradients may make, from the docstring of `noise_floor`."""
 
 
 def check(found: Comparison, standard_errors: float) -> None:
@@ -114,7 +114,8 @@ def check_fisher_rank(name: str, state: str) -> None:
     shares = (dense / dense.sum()).cumsum(0)
     fewest, most = (int((shares < 1 - DELTA + slack).sum()) + 1 for slack in (-1e-5, 1e-5))
     assert fewest <= rank.threshold_rank <= most
-    above = [int((dense > factor * FISHER_FLOOR * dense[0]).sum()) for factor in (4.0, 0.25)]
+    floor = max(FISHER_FLOOR * float(dense[0]), SINGLE * float(dense.sum()))
+    above = [int((dense > factor * floor).sum()) for factor in (4.0, 0.25)]
     assert above[0] <= rank.numerical_rank <= above[1]
 
 

@@ -220,11 +220,11 @@ def start_in_the_null_space(size: int, eps: float, seed: int) -> Tensor:
 
 
 def invisible(*hidden: float, rest: Maker) -> Maker:
-    """The eigenvectors of the hidden values are orthogonal to the first two vectors that a solver draws, so a search misses them at first."""
+    """The eigenvectors of the hidden values are orthogonal to the vector that a solver starts from, so only an independent look can see them."""
 
     def matrix(size: int, eps: float, seed: int) -> Tensor:
         random = orthogonal(size, seed)
-        away = without(random[:, : len(hidden)], first_draws(size, seed, 2))
+        away = without(random[:, : len(hidden)], first_draws(size, seed, 1))
         basis = torch.linalg.qr(torch.cat([away, random[:, len(hidden) :]], 1))[0]
         return (basis * levels(*hidden, rest=rest)(size, eps, seed)) @ basis.T
 

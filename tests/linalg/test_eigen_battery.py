@@ -86,7 +86,7 @@ def test_the_truth_of_an_asymmetric_operator_is_its_symmetric_part(scale):
 
 
 def test_the_first_draws_of_the_solver_see_nothing_of_what_is_hidden():
-    draws = first_draws(100, 0, 2)
+    draws = first_draws(100, 0, 1)
     assert float((problem("start in the null space", 100).matrix() @ draws[:, 0]).norm()) < 1e-14
     matrix = problem("invisible values", 100).matrix()
     vectors = torch.linalg.eigh(matrix).eigenvectors[:, [0, 1, -3, -2, -1]]
