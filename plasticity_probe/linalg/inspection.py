@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
+from torch import Tensor
 
 from plasticity_probe.linalg.dense import vector_norm
 from plasticity_probe.linalg.operator import SymmetricOperator, check_operator
@@ -41,6 +42,27 @@ class Inspection:
     norm: float
 
 
+def first_product(operator: SymmetricOperator, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A random unit vector and its product, of a second one where the first is zero: a single vector may lie in the null space.
+
+    Args:
+        operator: A.
+        generator: The source of the vectors.
+
+    Returns:
+        v and A v.
+    """
+    check_operator(operator)
+    start, product = _random_product(operator, generator)
+    return (start, product) if bool(product.any()) else _random_product(operator, generator)
+
+
+def _random_product(operator: SymmetricOperator, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    start = gaussian(operator, generator)
+    start = start / vector_norm(start)
+    return start, operator @ start
+
+
 def inspect_operator(operator: SymmetricOperator, generator: torch.Generator) -> Inspection:
     """Looks for what would make every later number meaningless, by three products.
 
@@ -55,10 +77,7 @@ def inspect_operator(operator: SymmetricOperator, generator: torch.Generator) ->
     Returns:
         A status and a norm estimate.
     """
-    check_operator(operator)
-    start = gaussian(operator, generator)
-    start = start / vector_norm(start)
-    product = operator @ start
+    start, product = first_product(operator, generator)
     length = vector_norm(product)
     if not math.isfinite(length):
         return Inspection(EigenStatus.NONFINITE, math.nan)

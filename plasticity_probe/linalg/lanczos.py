@@ -9,14 +9,14 @@ number.
 
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from plasticity_probe.errors import UsageError
 from plasticity_probe.linalg.dense import column_norms, symmetric_eigenpairs, vector_norm
-from plasticity_probe.linalg.inspection import EigenStatus, inspect_operator
+from plasticity_probe.linalg.inspection import EigenStatus, first_product, inspect_operator
 from plasticity_probe.linalg.krylov import ROUNDING
 from plasticity_probe.linalg.krylov_space import KrylovSpace
 from plasticity_probe.linalg.operator import (
@@ -26,7 +26,6 @@ from plasticity_probe.linalg.operator import (
     check_operator,
     columns,
 )
-from plasticity_probe.linalg.random_vectors import gaussian
 from plasticity_probe.linalg.search import MISSED, End, Search, Solution, flawed, searched, visible
 
 __all__ = ["EigenStatus", "Eigenpairs", "ExtremeEigenpairs", "eigenpairs_beyond", "extreme_eigenpairs"]
@@ -192,7 +191,7 @@ def _solved(
         found = inspect_operator(counting, generator)
         status, norm, start, product = found.status, found.norm, None, None
     else:
-        start, product = _first_product(counting, generator)
+        start, product = first_product(counting, generator)
         norm = vector_norm(product)
         status = _status_of(norm)
     if status is not EigenStatus.OK:
@@ -212,18 +211,6 @@ def _solved(
     return ExtremeEigenpairs(
         *(_reported(solution, end, unit, counting.products, tol, operator.dtype) for end in (0, 1))
     )
-
-
-def _first_product(operator: SymmetricOperator, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A random unit vector and its product; a second one where the first is zero, as a single vector may lie in the null space."""
-    start, product = None, None
-    for _ in range(2):
-        start = gaussian(operator, generator)
-        start = start / vector_norm(start)
-        product = operator @ start
-        if bool(product.any()):
-            break
-    return cast(Tensor, start), cast(Tensor, product)
 
 
 def _status_of(length: float) -> EigenStatus:

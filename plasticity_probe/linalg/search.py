@@ -20,6 +20,9 @@ from plasticity_probe.linalg.krylov_space import NEGLIGIBLE, KrylovSpace, Ritz
 MISSED = 1e-4
 """Probability with which an eigenvalue that was missed may be declared absent (our choice)."""
 
+MARGIN = 0.5
+"""Share of the margin of the last value beyond which nothing may be missing (our choice: the other half is for the error of that value)."""
+
 INDISTINCT = 4.0
 """Multiples of what rounding leaves up to which a limit is not told from rounding (our choice: twice the margin of a value that is rounding)."""
 
@@ -113,7 +116,7 @@ class Search:
         if end.count is None:
             return end.limit
         last = ritz.values[end.wanted(ritz.values)[-1:]]
-        return float(end.sign * last + self.allowed(last))
+        return float(end.sign * last + MARGIN * self.allowed(last))
 
     def tilt(self, end: End, ritz: Ritz) -> Tensor:
         """M of the operator outside of the space, ``B + F M F'``, whose eigenvalues beyond the limit are those that the space lacks."""
