@@ -25,7 +25,7 @@ ENOUGH = 1e100
 
 
 SHORT = 0.01
-"""Share of a product's length below which what is left of it may be rounding, and is projected again (our choice)."""
+"""Share of what a step removed below which what is left may be rounding, and is projected again (our choice)."""
 
 
 @dataclass(frozen=True)
@@ -97,18 +97,18 @@ def run_outside(space: KrylovSpace, tilt: Tensor) -> Iterator[tuple[float, float
         if len(tilt):
             remainders = torch.stack(space.remainders, 1)
             left = left + remainders @ (tilt.to(left) @ (remainders.T @ direction))
-        length = float(_inner(left, left).sqrt())
         alpha = _inner(left, direction)
         left = left - alpha.to(left) * direction
         if before is not None:
             left = left - beta * before
-        left, beta = _cleaned(space, left, direction, length)
+        last = beta
+        left, beta = _cleaned(space, left, direction, math.hypot(float(alpha), last))
         yield float(alpha), beta
         before, direction = direction, left / beta if beta > 0 else None
 
 
 def _cleaned(space: KrylovSpace, left: Tensor, direction: Tensor, length: float) -> tuple[Tensor, float]:
-    """What a step leaves, with its length: projected again for as long as that is much shorter than before, and so mostly rounding."""
+    """What a step leaves, with its length: projected again for as long as that is much shorter than what was removed, and so mostly rounding."""
     beta = float(_inner(left, left).sqrt())
     for _ in range(3):
         if not 0 < beta < SHORT * length:

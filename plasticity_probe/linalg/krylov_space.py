@@ -24,8 +24,9 @@ from plasticity_probe.linalg.krylov import ROUNDING
 from plasticity_probe.linalg.operator import SymmetricOperator
 from plasticity_probe.linalg.random_vectors import gaussian
 
-KEPT_LENGTH = 0.5
-"""A projection that leaves less than this share of the length is repeated (between the 1/sqrt(2) and the 1/10 of Daniel et al. 1976)."""
+REMOVED = 1.7
+"""A projection that removes less than this multiple of what it leaves is not repeated: then it leaves half of the length or more, between the
+1/sqrt(2) and the 1/10 of Daniel et al. 1976."""
 
 NEGLIGIBLE = 0.25
 """Share of what rounding leaves below which a remainder is dropped (our choice: several of them still keep a residual within its margin)."""
@@ -57,6 +58,7 @@ class _Remainder:
     """One column of F with its row of C; a start has none, as no product with the basis holds it."""
 
     vector: Tensor
+    length: Tensor
     coupling: Tensor
     orthogonal: bool
 
@@ -130,7 +132,7 @@ class KrylovSpace:
         if direction is None:
             return False
         nothing = torch.zeros(self._steps, dtype=torch.float64, device=self.operator.device)
-        self._remainders.append(_Remainder(direction, nothing, orthogonal=True))
+        self._remainders.append(_Remainder(direction, nothing.new_ones(()), nothing, orthogonal=True))
         return True
 
     def expand(self, product: Tensor | None = None) -> None:
@@ -140,12 +142,12 @@ class KrylovSpace:
             product: A times the unit vector along the remainder, if it is known.
         """
         taken = self._remainders[0]
-        direction = taken.vector / _length(taken.vector).clamp(min=TINY).to(taken.vector)
+        direction = taken.vector / taken.length.clamp(min=TINY).to(taken.vector)
         if not taken.orthogonal:
             direction = self.outside(direction)
             direction = direction / _length(direction).to(direction)
-        expected = self._expected(direction)
         self._remainders.remove(taken)
+        expected = taken.length * taken.coupling + self._expected(direction)
         self._append(direction)
         self._absorb(direction, self.multiplied(direction) if product is None else product, expected)
 
@@ -159,13 +161,16 @@ class KrylovSpace:
         return self.operator @ vectors
 
     def outside(self, vector: Tensor) -> Tensor:
-        """The part of a vector that is orthogonal to the basis, by two projections.
+        """The part of a vector that is orthogonal to the basis, by a projection, and another one where that removed most of it.
 
         Args:
             vector: Shape (n,).
         """
         for _ in range(2):
-            vector = vector - self._combined(self._coefficients(vector), self._steps)
+            coefficients = self._coefficients(vector)
+            vector = vector - self._combined(coefficients, self._steps)
+            if not self.waits_on_device and float(_length(coefficients)) < REMOVED * float(_length(vector)):
+                break
         return vector
 
     def random_unit(self) -> Tensor | None:
@@ -196,7 +201,7 @@ class KrylovSpace:
         self._settled = self._steps
         kept: list[_Remainder] = []
         for each in self._remainders:
-            weights = _length(each.vector) * each.coupling
+            weights = each.length * each.coupling
             if bool(each.coupling.any()) and float(_length(weights)) <= negligible:
                 self._dropped.append(weights.cpu())
             else:
@@ -217,7 +222,7 @@ class KrylovSpace:
         """The approximate eigenpairs; call `settle` first."""
         projected = self._projected[: self._steps, : self._steps].cpu()
         values, coordinates = symmetric_eigenpairs(projected)
-        return Ritz(values, coordinates, self._outside(coordinates))
+        return Ritz(values, coordinates, self.residual_lengths(coordinates))
 
     def leaks(self, ritz: Ritz) -> Tensor:
         """C s for the Ritz vectors s: with which weights the remainders, in the order of the queue, make up A v - theta v.
@@ -279,8 +284,8 @@ class KrylovSpace:
             total += torch.outer(each.vector, (each.coupling @ coordinates.to(each.coupling)).to(each.vector))
         return total
 
-    def dropped_lengths(self, coordinates: Tensor) -> Tensor:
-        """The lengths of what was dropped of F C times coordinates.
+    def residual_lengths(self, coordinates: Tensor) -> Tensor:
+        """The lengths of F C times coordinates, what was dropped included.
 
         Args:
             coordinates: Shape (m, k).
@@ -288,21 +293,39 @@ class KrylovSpace:
         Returns:
             Shape (k,), float64 on the CPU.
         """
-        squares = torch.zeros(coordinates.shape[1], dtype=torch.float64)
-        for dropped in self._dropped:
-            squares += (dropped @ coordinates[: len(dropped)]).square()
-        return squares.sqrt()
-
-    def _outside(self, coordinates: Tensor) -> Tensor:
-        """The lengths of F C s for the columns s of coordinates, what was dropped included."""
-        squares = self.dropped_lengths(coordinates).square()
+        squares = self._dropped_squares(coordinates)
         if self._remainders:
-            vectors = self.remainders
-            # Single precision would leave its square root of short sums of long remainders.
-            overlap = torch.stack([torch.stack([a.double() @ b.double() for b in vectors]) for a in vectors]).cpu()
+            overlap = self._overlap()
             shares = torch.stack([each.coupling for each in self._remainders]).cpu() @ coordinates
             squares += (shares * (overlap @ shares)).sum(0).clamp(min=0)
         return squares.sqrt()
+
+    def formed_residual_lengths(self, coordinates: Tensor) -> Tensor:
+        """As `residual_lengths`, from the vectors themselves where there are several remainders: where these nearly cancel, only that is exact.
+
+        Args:
+            coordinates: Shape (m, k).
+
+        Returns:
+            Shape (k,), float64 on the CPU.
+        """
+        if len(self._remainders) < 2:
+            return self.residual_lengths(coordinates)
+        lengths = column_norms(self.residual_vectors(coordinates))
+        return (lengths.square() + self._dropped_squares(coordinates)).sqrt()
+
+    def _dropped_squares(self, coordinates: Tensor) -> Tensor:
+        squares = torch.zeros(coordinates.shape[1], dtype=torch.float64)
+        for dropped in self._dropped:
+            squares += (dropped @ coordinates[: len(dropped)]).square()
+        return squares
+
+    def _overlap(self) -> Tensor:
+        """F'F, float64 on the CPU. Single precision would leave its square root of short sums of long remainders."""
+        if len(self._remainders) == 1:
+            return self._remainders[0].length.square().cpu().reshape(1, 1)
+        vectors = [vector.double() for vector in self.remainders]
+        return torch.stack([torch.stack([a @ b for b in vectors]) for a in vectors]).cpu()
 
     def _expected(self, direction: Tensor) -> Tensor:
         """Q'A q by symmetry for a new basis vector q, and the remainders made orthogonal to q."""
@@ -311,6 +334,7 @@ class KrylovSpace:
             share = _inner(each.vector, direction)
             expected += share * each.coupling
             each.vector = each.vector - share.to(direction) * direction
+            each.length = _length(each.vector)
             each.orthogonal = False
         return expected
 
@@ -334,21 +358,22 @@ class KrylovSpace:
             for place in coupled:
                 left -= expected[place].to(left) * self._rows[place].to(left.device)
         surplus = torch.zeros(self._steps, dtype=torch.float64, device=self.operator.device)
+        length = torch.zeros_like(alpha)
         for _ in range(3):
-            before = _length(left)
             coefficients = self._coefficients(left)
             left = left - self._combined(coefficients, self._steps)
-            surplus += coefficients.double()
-            if not self.waits_on_device and not float(_length(left)) < KEPT_LENGTH * float(before):
+            length, removed = _length(left), coefficients.double()
+            surplus += removed
+            if not self.waits_on_device and float(_length(removed)) < REMOVED * float(length):
                 break
         column = torch.cat([expected, alpha.reshape(1)]) + surplus
         self._projected[: self._steps, last] = column
         self._projected[last, : self._steps] = column
         self._deviation = torch.maximum(self._deviation, _length(surplus[:-1]))
-        self._left[last] = _length(left)
+        self._left[last] = length
         coupling = torch.zeros(self._steps, dtype=torch.float64, device=self.operator.device)
         coupling[-1] = 1.0
-        self._remainders.append(_Remainder(left, coupling, orthogonal=True))
+        self._remainders.append(_Remainder(left, length, coupling, orthogonal=True))
 
     def _coefficients(self, vector: Tensor) -> Tensor:
         return (self._rows[: self._steps] @ vector.to(self._rows.device)).to(vector.device)

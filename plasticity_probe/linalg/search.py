@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from plasticity_probe.linalg.completeness import Evidence, run_outside
-from plasticity_probe.linalg.dense import column_norms, vector_norm
+from plasticity_probe.linalg.dense import vector_norm
 from plasticity_probe.linalg.inspection import EigenStatus
 from plasticity_probe.linalg.krylov_space import NEGLIGIBLE, KrylovSpace, Ritz
 
@@ -208,20 +208,24 @@ def _judged(search: Search, overlooked: tuple[float, float]) -> Solution:
     together = search.wanted(ritz)
     vectors = _orthonormalised(space.vectors(ritz.coordinates[:, together]))
     deviation, flaw = _deviation(search, ritz, together, vectors)
-    coordinates = ritz.coordinates[:, together]
-    squares = column_norms(space.residual_vectors(coordinates)).square() + space.dropped_lengths(coordinates).square()
-    residuals = torch.sqrt(squares + deviation**2)
+    left = space.formed_residual_lengths(ritz.coordinates[:, together])
+    residuals = torch.sqrt(left.square() + deviation**2)
     column = {place: index for index, place in enumerate(together)}
     chosen = [[column[place] for place in each] for each in places]
     return Solution(
         values=(ritz.values[places[0]], ritz.values[places[1]]),
-        vectors=(vectors[:, chosen[0]], vectors[:, chosen[1]]),
+        vectors=(_columns(vectors, chosen[0]), _columns(vectors, chosen[1])),
         residuals=(residuals[chosen[0]], residuals[chosen[1]]),
         overlooked=overlooked,
         flaw=flaw,
         norm=max(space.norm, float(ritz.values.abs().max())),
         steps=space.steps,
     )
+
+
+def _columns(matrix: Tensor, places: list[int]) -> Tensor:
+    """Some columns; the matrix itself where these are all."""
+    return matrix if places == list(range(matrix.shape[1])) else matrix[:, places]
 
 
 def _orthonormalised(vectors: Tensor) -> Tensor:

@@ -117,10 +117,14 @@ class HessianSpectrum(Probe[Spectrum]):
         return Cost(
             forwards=len(subject.examples),
             products=len(subject.examples) * (2 * subject.size if subject.size <= DENSE_BELOW else products),
-            vectors=krylov_vectors(subject, self.k, self.max_products),
+            vectors=max(krylov_vectors(subject, self.k, self.max_products), self._vectors_of_density()),
             graphs=graph_bytes(subject, self.matrix),
             shared=search_cost(subject, self.matrix, self.k, self.tol, self.max_products),
         )
+
+    def _vectors_of_density(self) -> int:
+        """Vectors held while the density is measured: those found, twice copied, and a basis that is copied when it grows."""
+        return 6 * self.k + 2 * self.density_products if self.density else 0
 
     def measure(self, subject: Subject, generator: torch.Generator) -> Spectrum:
         """Measures the subject's first `examples` examples.

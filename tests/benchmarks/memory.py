@@ -59,7 +59,7 @@ RUNS = (
     Run("mlp", 512, 4.0, "rank of the Fisher"),
     Run("mlp-256", 4096, 4.0, "spectrum of the Hessian"),
     Run("mlp-256", 4096, 0.4, "spectrum of the Hessian"),
-    Run("mlp-256", 4096, 4.0, "gradient norms"),
+    Run("mlp-256", 512, 4.0, "gradient norms"),
 )
 
 

@@ -48,6 +48,15 @@ def test_a_plan_stores_and_measures_nothing(cli, checkpoint, data, tmp_path) -> 
     )
 
 
+def test_patterns_choose_the_parameters_that_are_measured(cli, checkpoint, data) -> None:
+    arguments = "analyze", checkpoint, "--data", data, "--plan", "--json"
+    whole, biases = (json.loads(cli(*arguments, *more).out) for more in ((), ("--parameters", "*.bias")))
+    assert (whole["parameters"], biases["parameters"]) == (43, 8)
+    refused = cli(*arguments, "--parameters", "*.bias,convolution")
+    assert refused.code == 2
+    assert "no parameter or module named 'convolution'" in refused.err
+
+
 def test_figures_land_beside_the_trace_and_a_second_run_measures_nothing(cli, checkpoint, data, tmp_path) -> None:
     trace = tmp_path / "t.h5"
     first = cli("analyze", checkpoint, "--data", data, "--probes", QUICK, "--trace", trace)
