@@ -57,6 +57,8 @@ def density(nodes: Numbers, weights: Numbers, grid: Numbers, bandwidth: float) -
         Shape (g,), per unit of the eigenvalues; it integrates to the sum of the weights.
     """
     total = np.zeros(grid.shape)
+    # A subnormal width has no reciprocal.
+    bandwidth = max(bandwidth, np.finfo(np.float64).tiny)
     for start in range(0, nodes.size, 256):
         part = slice(start, start + 256)
         distance = (grid - nodes[part, None]) / bandwidth

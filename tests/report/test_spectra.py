@@ -130,3 +130,9 @@ def test_other_variables_of_these_names_are_no_quadrature() -> None:
         {"nodes": array(("a", "b"), [[1.0]]), "weights": array(("b", "a"), [[1.0]])},
     ):
         assert density_figures(groups(tree(row("p", variables)))[0]) == []
+
+
+def test_a_width_without_a_reciprocal_overflows_nothing() -> None:
+    subnormal = 2.2250738585e-313
+    heights = density(np.zeros(1), np.ones(1), np.array([0.0, subnormal]), subnormal)
+    assert np.isfinite(heights).all()
