@@ -33,7 +33,7 @@ def curvature_rank(
     Args:
         model: Any module; it is not changed.
         loader: Any iterable of batches: (inputs, targets), mappings, or anything that `loss` understands.
-        matrix: "fisher", "hessian" or "ggn".
+        matrix: "fisher", "hessian", "ggn" or "true_fisher".
         definition: Which rank, a key of `plasticity_probe.linalg.ranks.DEFINITIONS`; by default the least k whose k largest absolute eigenvalues
             hold a share 1 - delta of the sum (Lewandowski et al. 2023, as srank of Kumar et al. 2021).
         delta: The share left out (0.01 as in Kumar et al. 2021).

@@ -32,7 +32,7 @@ class Spectrum(Measurement):
     """The spectrum of a curvature matrix A of the mean loss, with P trainable parameters.
 
     Args:
-        matrix: "hessian", "ggn" or "fisher".
+        matrix: "hessian", "ggn", "fisher" or "true_fisher".
         top: The k largest eigenvalues (algebraic), descending.
         top_residuals: |A v - lambda v| of each; an eigenvalue lies within this distance.
         bottom: The k smallest eigenvalues (algebraic), ascending.

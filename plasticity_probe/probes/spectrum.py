@@ -54,7 +54,8 @@ class HessianSpectrum(Probe[Spectrum]):
     products give the trace. A matrix of at most 512 parameters is formed, and everything is exact.
 
     Args:
-        matrix: "hessian", "ggn" (generalised Gauss-Newton) or "fisher" (empirical, uncentred).
+        matrix: "hessian", "ggn" (generalised Gauss-Newton), "fisher" (empirical, uncentred) or "true_fisher" (over the model's
+            own predictions).
         k: Eigenpairs at each end (our choice: the number of classes of the usual data sets, where outliers are expected; Gur-Ari et al. 2018).
         tol: Relative residual of a converged pair (our choice: three digits, as a sampled loss has no more).
         density: Whether to measure the distribution of the rest; without it there are no ranks.
@@ -249,7 +250,7 @@ def hessian_spectrum(
     Args:
         model: Any module; it is not changed.
         loader: Any iterable of batches.
-        matrix: "hessian", "ggn" or "fisher".
+        matrix: "hessian", "ggn", "fisher" or "true_fisher".
         k: Eigenpairs at each end.
         tol: Relative residual of a converged pair.
         density: Whether to measure the distribution of the other eigenvalues too.

@@ -167,14 +167,6 @@ def test_steps_between_looks_read_nothing_from_the_device(matrix, monkeypatch):
     check_decomposition(space, matrix)
 
 
-def test_the_basis_may_live_elsewhere(matrix):
-    generator = torch.Generator().manual_seed(0)
-    space = KrylovSpace(DenseOperator(matrix), 30, generator, store=torch.device("cpu"))
-    space.add_start()
-    grown(space, 10)
-    check_decomposition(space, matrix)
-
-
 def test_asymmetry_is_the_deviation_from_what_symmetry_predicts(matrix):
     skew = torch.randn(N, N, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     operator = DenseOperator(matrix)
