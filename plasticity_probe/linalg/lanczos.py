@@ -92,9 +92,9 @@ def extreme_eigenpairs(
     (`plasticity_probe.linalg.completeness`), or where that last one is itself rounding, when a random vector outside of the space meets
     nothing else.
 
-    The spectrum outside of the space Q is judged as follows. With H = Q'AQ, Ritz pairs theta_i with residual vectors r_i, and B what A does outside
-    of Q, A has beyond t as many eigenvalues as H and ``B + sum r_i r_i' / (t - theta_i)`` together (Haynsworth 1968). The run looks at that sum,
-    over theta_i < t alone: those beyond t would only take something away.
+    The spectrum outside of the space Q is judged as follows. With H = Q'AQ, Ritz pairs theta_i with residual vectors r_i, and B what A does
+    outside of Q, A has beyond t as many eigenvalues as H and ``B + sum r_i r_i' / (t - theta_i)`` together (Haynsworth 1968). The run looks
+    at that sum, over theta_i < t alone: those beyond t would only take something away.
 
     Args:
         operator: A, of size n.
