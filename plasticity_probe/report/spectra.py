@@ -27,6 +27,10 @@ CLOSE_VIEW_BELOW = 0.5
 DECADES, CLOSE_DECADES = 10.0, 4.0
 """The vertical axis shows at most this many powers of ten: of the whole spectrum as far down as weights in float64 carry meaning, of the bulk
 as far as its own eigenvalues reach (our choice)."""
+SHARPEST = 1e-300
+"""The narrowest kernel, whose height and its multiples still are numbers in float64 (our choice)."""
+NARROWEST = 1e-290
+"""The least width of a panel of eigenvalues other than zero, many of the narrowest kernels (our choice)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +61,7 @@ def density(nodes: Numbers, weights: Numbers, grid: Numbers, bandwidth: float) -
         Shape (g,), per unit of the eigenvalues; it integrates to the sum of the weights.
     """
     total = np.zeros(grid.shape)
-    # A subnormal width has no reciprocal.
-    bandwidth = max(bandwidth, np.finfo(np.float64).tiny)
+    bandwidth = max(bandwidth, SHARPEST)
     for start in range(0, nodes.size, 256):
         part = slice(start, start + 256)
         distance = (grid - nodes[part, None]) / bandwidth
@@ -132,7 +135,8 @@ def _range(spectra: list[Spectrum], share: float) -> tuple[float, float]:
         inside = (reached >= (1 - share) / 2) & (reached - weights[order] / weights.sum() <= (1 + share) / 2)
         ends.append((nodes[order][inside][0], nodes[order][inside][-1]))
     low, high = float(min(end[0] for end in ends)), float(max(end[1] for end in ends))
-    least = max(abs(low), abs(high)) * 1e-3 or 1.0
+    largest = max(abs(low), abs(high))
+    least = max(largest * 1e-3, NARROWEST) if largest else 1.0
     missing = max(0.0, least - (high - low)) / 2
     return low - missing, high + missing
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import scipy.stats
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from report_traces import array, number, quadrature, row, tree, typical
 
@@ -279,6 +279,8 @@ def test_an_empty_trace_has_no_figures() -> None:
 NUMBERS = st.floats(allow_nan=True, allow_infinity=True, width=64)
 
 
+@example([(0, 0, 0.0, 0.0, 2.2250738585e-313, False)])
+@example([(0, 0, 0.0, 0.0, 5e-324, False), (0, 1, 1e-308, 0.0, -3e-310, True)])
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(-1, 3), NUMBERS, NUMBERS, NUMBERS, st.booleans()), max_size=8))
 def test_no_numbers_break_a_figure(entries: list[tuple[int, int, float, float, float, bool]]) -> None:
