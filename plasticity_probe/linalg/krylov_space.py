@@ -265,9 +265,9 @@ class KrylovSpace:
             coordinates: Shape (m, k).
 
         Returns:
-            Shape (n, k), on the operator's device.
+            Shape (n, k), each vector contiguous, on the operator's device.
         """
-        return (self._rows[: self._steps].T @ coordinates.to(self._rows)).to(self.operator.device)
+        return (coordinates.T.to(self._rows) @ self._rows[: self._steps]).T.to(self.operator.device)
 
     def residual_vectors(self, coordinates: Tensor) -> Tensor:
         """F C times coordinates: what A leaves outside of the space.

@@ -41,7 +41,7 @@ class Eigenpairs:
         residuals: |A v - lambda v| of each, float64 on the CPU, shape (k,). An eigenvalue lies within this distance of lambda (Parlett 1980,
             section 4.5). Where the matrix was formed each comes from its own product. Else it is what the products of the search leave
             outside of the space, and added to that, as the root of the sum of squares, by how much a product with a random combination of
-            all returned vectors differs from what the search predicts.
+            all vectors of this end differs from what the search predicts.
         status: Whether the values can be trusted.
         products: Products that the whole search spent, for both ends together.
         steps: Basis vectors at the end of the search; 0 where the matrix was formed.
@@ -104,7 +104,7 @@ def extreme_eigenpairs(
         tol: Relative residual of a converged pair (our choice: three digits, as eigenvalues of sampled losses have no more).
         max_steps: The most basis vectors held; beyond that the search restarts from the best of them. Beside these it holds the returned
             vectors, and a few more.
-        max_products: No step begins once so many products are spent; None: ten times `max_steps`. Up to three more judge the result.
+        max_products: No step begins once so many products are spent; None: ten times `max_steps`. Up to five more judge the result.
         dense_below: Up to this size the matrix is formed by n products and solved densely (our choice: cheaper than any search).
         store: Device for the basis, where the operator's own has no room for it; None: the operator's.
 

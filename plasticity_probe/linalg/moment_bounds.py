@@ -252,11 +252,11 @@ def _eigenvalues(diagonal: Array, coupling: Array) -> Array:
 
 
 def _corner(diagonal: Array, coupling: Array, points: Array) -> Array:
-    """The last diagonal entry that gives the quadrature a node at each point."""
+    """The last diagonal entry that gives the quadrature a node at each point; infinite or NaN at a node of the shorter one."""
     if len(diagonal) == 0:
         return points
     nodes, vectors = cast("tuple[Array, Array]", cast(Any, eigh_tridiagonal)(diagonal, coupling[:-1]))
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         return points - (np.square(coupling[-1] * vectors[-1]) / (points[:, None] - nodes)).sum(1)
 
 
@@ -270,7 +270,8 @@ def _corners(diagonal: Array, coupling: Array, ends: tuple[float, float], resolu
     filling = np.concatenate([nodes[:-1] + share * np.diff(nodes) for share in (0.1, 0.3, 0.5, 0.7, 0.9)])
     count = max(8, POINTS // (len(diagonal) + 1) - len(around) // 2)
     filled = _corner(diagonal, coupling, filling)
-    chosen = np.quantile(filled, np.linspace(0.02, 0.98, count))
+    filled = filled[np.isfinite(filled)]
+    chosen = np.quantile(filled, np.linspace(0.02, 0.98, count)) if len(filled) else filled
     close = _corner(diagonal, coupling, around[(around > low) & (around < high)])
     corners = np.unique(np.concatenate([close, chosen]))
     return corners[np.isfinite(corners)]

@@ -1,6 +1,6 @@
 """Random vectors that fit an operator.
 
-They are drawn in float64 on the generator's own device and then converted, so one seed gives the same vectors in every precision and
+They are drawn in float32 on the generator's own device and then converted, so one seed gives the same vectors in every precision and
 on every device.
 """
 
@@ -21,7 +21,7 @@ def gaussian(operator: SymmetricOperator, generator: torch.Generator) -> Tensor:
     Returns:
         Shape (n,).
     """
-    vector = torch.randn(operator.size, generator=generator, device=generator.device, dtype=torch.float64)
+    vector = torch.randn(operator.size, generator=generator, device=generator.device, dtype=torch.float32)
     return vector.to(device=operator.device, dtype=operator.dtype)
 
 

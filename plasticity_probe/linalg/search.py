@@ -1,8 +1,8 @@
 """The search for extreme eigenpairs in a Krylov space, in steps that stop for a reason.
 
 The space grows until the pairs of an end have converged. Then a Lanczos run from an independent random vector looks at what the space lacks.
-What it finds is taken in with further random starts, whose number doubles each time, and the search goes on. At the end a product with a
-random combination of all pairs tests what the search says of them.
+What it finds is taken in with further random starts, whose number doubles each time, and the search goes on. At the end, for either end of
+the spectrum, a product with a random combination of its pairs tests what the search says of them.
 """
 
 import math
@@ -201,23 +201,25 @@ def _chance_beyond(search: Search, end: End) -> float | None:
 
 
 def _judged(search: Search, overlooked: tuple[float, float]) -> Solution:
-    """The pairs of a space, tested by a product with a random combination of them."""
+    """The pairs of a space, those of each end tested by a product with a random combination of them."""
     space = search.space
     ritz = space.ritz()
     places = [end.wanted(ritz.values) for end in search.ends]
     together = search.wanted(ritz)
     vectors = _orthonormalised(space.vectors(ritz.coordinates[:, together]))
-    deviation, flaw = _deviation(search, ritz, together, vectors)
-    left = space.formed_residual_lengths(ritz.coordinates[:, together])
-    residuals = torch.sqrt(left.square() + deviation**2)
     column = {place: index for index, place in enumerate(together)}
     chosen = [[column[place] for place in each] for each in places]
+    ends = [_columns(vectors, each) for each in chosen]
+    # Each end by itself: what rounding leaves of the largest eigenvalues would hide what it leaves of the smallest.
+    tests = [_deviation(search, ritz, *end) for end in zip(places, ends, strict=True)]
+    left = space.formed_residual_lengths(ritz.coordinates[:, together])
+    residuals = [torch.sqrt(left[each].square() + test[0] ** 2) for each, test in zip(chosen, tests, strict=True)]
     return Solution(
         values=(ritz.values[places[0]], ritz.values[places[1]]),
-        vectors=(_columns(vectors, chosen[0]), _columns(vectors, chosen[1])),
-        residuals=(residuals[chosen[0]], residuals[chosen[1]]),
+        vectors=(ends[0], ends[1]),
+        residuals=(residuals[0], residuals[1]),
         overlooked=overlooked,
-        flaw=flaw,
+        flaw=next((flaw for _, flaw in tests if flaw is not None), None),
         norm=max(space.norm, float(ritz.values.abs().max())),
         steps=space.steps,
     )
@@ -230,8 +232,9 @@ def _columns(matrix: Tensor, places: list[int]) -> Tensor:
 
 def _orthonormalised(vectors: Tensor) -> Tensor:
     """Nearly orthonormal columns made orthonormal to rounding, each next to where it was (one Newton step for the polar factor)."""
-    overlap = vectors.T @ vectors
-    return vectors @ (1.5 * torch.eye(len(overlap), dtype=vectors.dtype, device=vectors.device) - 0.5 * overlap)
+    rows = vectors.T
+    overlap = rows @ vectors
+    return ((1.5 * torch.eye(len(overlap), dtype=rows.dtype, device=rows.device) - 0.5 * overlap) @ rows).T
 
 
 def _deviation(search: Search, ritz: Ritz, places: Sequence[int], vectors: Tensor) -> tuple[float, EigenStatus | None]:

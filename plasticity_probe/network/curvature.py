@@ -232,7 +232,7 @@ def eigenpairs(
     matrix: str = "hessian",
     k: int = 10,
     tol: float = 1e-3,
-    max_products: int = 300,
+    max_products: int = 500,
     generator: torch.Generator,
 ) -> ExtremeEigenpairs:
     """The k largest and the k smallest eigenvalues of a curvature matrix with their eigenvectors.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from plasticity_probe.network.example_gradients import example_gradients, pieces, route_of
 from plasticity_probe.network.examples import Batch, batch_size
-from plasticity_probe.network.outer_products import Gradients, as_rows, gathered, inner, part
+from plasticity_probe.network.outer_products import Gradients, add_inner, as_rows, gathered, mirror, part
 from plasticity_probe.network.position_vectors import SLAB
 from plasticity_probe.network.subject import Subject
 
@@ -230,7 +230,8 @@ def _gram(subject: Subject) -> Tensor:
     products = torch.zeros(count, count, dtype=torch.float64)
     for names, rows in gram_plan(subject).groups:
         _add_group(products, subject, names, rows)
-    return (products.tril() + products.tril(-1).T).mul_(gradient_scale(subject) ** 2)
+    mirror(products)
+    return products.mul_(gradient_scale(subject) ** 2)
 
 
 def _add_group(products: Tensor, subject: Subject, names: Sequence[str], rows: int) -> None:
@@ -240,25 +241,29 @@ def _add_group(products: Tensor, subject: Subject, names: Sequence[str], rows: i
         blocks = _blocks(subject, names, first, rows)
         size, kept = next(blocks)
         last = first + size
-        products[first:last, first:last] += products_of(kept, kept, _zeros(subject, size, size)).cpu()
+        _add_block(products[first:last, first:last], kept, kept, subject.device)
         start = last
         for others_size, others in blocks:
-            found = products_of(others, kept, _zeros(subject, others_size, size))
-            products[start : start + others_size, first:last] += found.cpu()
+            _add_block(products[start : start + others_size, first:last], others, kept, subject.device)
             start += others_size
         first = last
 
 
-def _zeros(subject: Subject, rows: int, columns: int) -> Tensor:
-    return torch.zeros(rows, columns, dtype=torch.float64, device=subject.device)
+def _add_block(
+    block: Tensor, left: Mapping[str, Gradients], right: Mapping[str, Gradients], device: torch.device
+) -> None:
+    """Adds products that are computed on a device to a block of a matrix, on and below the diagonal where both sides are the same."""
+    total = block.to(device)
+    add_products(total, left, right)
+    if total is not block:
+        block.copy_(total)
 
 
-def products_of(left: Mapping[str, Gradients], right: Mapping[str, Gradients], empty: Tensor) -> Tensor:
-    """The inner products of two blocks of examples over all parameters, added to a matrix of zeros."""
+def add_products(total: Tensor, left: Mapping[str, Gradients], right: Mapping[str, Gradients]) -> None:
+    """Adds the inner products of two blocks of examples over all parameters, as `add_inner` does for one."""
     for name in left:
         if name in right:
-            empty += inner(left[name], right[name])
-    return empty
+            add_inner(total, left[name], right[name])
 
 
 def _blocks(

@@ -10,8 +10,8 @@ from torch import Tensor
 from plasticity_probe.linalg.nystrom import Sketch, nystrom
 from plasticity_probe.network.example_gradients import example_gradients, route_of
 from plasticity_probe.network.examples import Batch, batch_size, map_tensors
-from plasticity_probe.network.gradients import gradient_chunk, gradient_scale, keep_also, products_of
-from plasticity_probe.network.outer_products import Gradients, as_rows, squares
+from plasticity_probe.network.gradients import add_products, gradient_chunk, gradient_scale, keep_also
+from plasticity_probe.network.outer_products import Gradients, as_rows, mirror, squares
 from plasticity_probe.network.subject import Subject
 
 MATRICES = 4
@@ -62,11 +62,13 @@ def gram_sketch(subject: Subject, generator: torch.Generator) -> Sketch:
     landmarks = torch.randperm(count, generator=generator)[:chosen].sort().values
     kept = _gradients_of(subject, landmarks)
     zeros = partial(torch.zeros, dtype=torch.float64, device=subject.device)
-    core = products_of(kept, kept, zeros(chosen, chosen))
-    squared, trace = zeros(chosen, chosen), 0.0
+    core, squared, trace = zeros(chosen, chosen), zeros(chosen, chosen), 0.0
+    add_products(core, kept, kept)
+    mirror(core)
     for batch in subject.examples.chunks(gradient_chunk(subject)):
         gradients = example_gradients(subject, batch)
-        products = products_of(gradients, kept, zeros(batch_size(batch), chosen))
+        products = zeros(batch_size(batch), chosen)
+        add_products(products, gradients, kept)
         squared.addmm_(products.T, products)
         trace += sum(float(squares(part).sum()) for part in gradients.values())
     scale = gradient_scale(subject) ** 2

@@ -178,16 +178,26 @@ def gathered(kept: Gradients | None, filled: int, new: Gradients, capacity: int)
     return kept
 
 
-def inner(left: Gradients, right: Gradients) -> Tensor:
-    """The inner products of two sets of gradients in the same parameter, shape (examples, examples), float64.
+def add_inner(total: Tensor, left: Gradients, right: Gradients) -> None:
+    """Adds the inner products of two sets of gradients in the same parameter to a matrix.
 
     Args:
+        total: Shape (examples, examples), float64, on the device of the gradients.
         left: The gradients of some examples.
-        right: Those of others, or the same object: then the matrix is symmetric and half of it is computed.
+        right: Those of others, or the same object: then only what lies on and below the diagonal is complete (`mirror` completes the rest).
     """
     if isinstance(left, Outer) and isinstance(right, Outer) and pairs_are_cheaper(left):
-        return _mirrored(_over_pairs(left, right, left is right), left is right)
-    return _mirrored(_over_columns(left, right), left is right)
+        _add_over_pairs(total, left, right)
+    else:
+        _add_over_columns(total, left, right)
+
+
+def mirror(matrix: Tensor, strip: int = 512) -> None:
+    """Copies what lies below the diagonal of a square matrix above it, in place."""
+    for first, last in ranges(len(matrix), strip):
+        block = matrix[first:last, first:last]
+        block.copy_(block.tril() + block.tril(-1).T)
+        matrix[first:last, last:] = matrix[last:, first:last].T
 
 
 def squares(gradients: Gradients) -> Tensor:
@@ -249,21 +259,19 @@ def _slabs(part: Gradients, blocks: Sequence[tuple[int, int]] | None = None) -> 
             yield part[:, first:last]
 
 
-def _over_columns(left: Gradients, right: Gradients) -> Tensor:
+def _add_over_columns(total: Tensor, left: Gradients, right: Gradients) -> None:
     if isinstance(left, Outer) != isinstance(right, Outer):
         left, right = as_rows(left), as_rows(right)
     larger = left if len(left) >= len(right) else right
     blocks = list(
         _channel_blocks(larger) if isinstance(larger, Outer) else ranges(larger.shape[1], _slab_width(larger))
     )
-    total = _zeros(left, right)
     if left is right:
         for slab in _slabs(left, blocks):
             _add_lower(total, slab)
-        return total
+        return
     for one, other in zip(_slabs(left, blocks), _slabs(right, blocks), strict=True):
         total += one @ other.T
-    return total
 
 
 def _add_lower(total: Tensor, slab: Tensor, strip: int = 128) -> None:
@@ -272,15 +280,13 @@ def _add_lower(total: Tensor, slab: Tensor, strip: int = 128) -> None:
         total[first:, first:last] += slab[first:] @ slab[first:last].T
 
 
-def _over_pairs(left: Outer, right: Outer, symmetric: bool) -> Tensor:
-    total = _zeros(left, right)
+def _add_over_pairs(total: Tensor, left: Outer, right: Outer) -> None:
     for one in left.terms:
         for other in right.terms:
             size = max(1, int((PAIRS / (one.left.positions * other.left.positions * left.shape[0])) ** 0.5))
             for a, b in ranges(len(left), size):
-                for c, d in ranges(b if symmetric else len(right), size):
+                for c, d in ranges(b if left is right else len(right), size):
                     total[a:b, c:d] += _pairs(_part(one, a, b), _part(other, c, d))
-    return total
 
 
 def _pairs(one: Products, other: Products) -> Tensor:
@@ -293,15 +299,6 @@ def _pairs(one: Products, other: Products) -> Tensor:
 
 def _part(products: Products, first: int, last: int) -> Products:
     return Products(Dense(products.left.values[first:last]), vectors_of(products.right, first, last))
-
-
-def _mirrored(total: Tensor, symmetric: bool) -> Tensor:
-    return total.tril() + total.tril(-1).T if symmetric else total
-
-
-def _zeros(left: Gradients, right: Gradients) -> Tensor:
-    some = left.terms[0].left.values if isinstance(left, Outer) else left
-    return some.new_zeros(len(left), len(right), dtype=torch.float64)
 
 
 def _slab_width(rows: Tensor) -> int:

@@ -275,7 +275,7 @@ class GradientNormsProbe(Probe[GradientNorms]):
     k: int | None = None
     tol: float = 1e-3
     examples: int = 128
-    max_products: int = 300
+    max_products: int = 500
 
     def __post_init__(self) -> None:
         if (self.k is not None and self.k < 1) or self.examples < 1 or not self.tol > 0:
@@ -366,7 +366,7 @@ def gradient_norms(
     k: int | None = None,
     tol: float = 1e-3,
     examples: int = 128,
-    max_products: int = 300,
+    max_products: int = 500,
     seed: int = 0,
     **options: Any,
 ) -> GradientNorms:

@@ -78,7 +78,7 @@ def test_the_chance_holds_over_many_random_vectors():
             evidence = evidence.after(alpha, beta)
             if step == 8:
                 break
-        vector = torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        vector = torch.randn(size, generator=torch.Generator().manual_seed(seed)).double()
         share = float(vector[0].square() / vector.square().sum())
         # What a run cannot exclude is a mass of 1 / total at the point; how often a random vector holds less is what the chance bounds.
         seen += share <= 1e-4

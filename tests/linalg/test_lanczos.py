@@ -259,7 +259,7 @@ def test_one_end_may_be_reached_without_the_other(symmetric_matrix, generator):
 def test_products_stay_within_their_bound(symmetric_matrix, generator, max_products):
     operator = CountingOperator(DenseOperator(symmetric_matrix(SPECTRA["triple"])))
     found = extreme_eigenpairs(operator, 5, 5, generator=generator, max_products=max_products)
-    assert operator.products == found.top.products <= max_products + 3
+    assert operator.products == found.top.products <= max_products + 5
     assert found.bottom.status is EigenStatus.NOT_CONVERGED
 
 

@@ -16,7 +16,17 @@ from plasticity_probe.network.example_gradients import example_gradients as grad
 from plasticity_probe.network.example_gradients import route_of
 from plasticity_probe.network.gradients import gram, per_example_gradients
 from plasticity_probe.network.isolation import isolated
-from plasticity_probe.network.outer_products import Outer, as_rows, compact, inner, part, squares, summed
+from plasticity_probe.network.outer_products import (
+    Gradients,
+    Outer,
+    add_inner,
+    as_rows,
+    compact,
+    mirror,
+    part,
+    squares,
+    summed,
+)
 from plasticity_probe.network.subject import Subject, subject
 
 Make = Callable[[], nn.Module]
@@ -222,6 +232,15 @@ def exact(made: Subject) -> Tensor:
         found = torch.autograd.grad(loss, leaves, materialize_grads=True, allow_unused=True)
         rows.append(torch.cat([gradient.reshape(-1) for gradient in found]))
     return torch.stack(rows)
+
+
+def inner(left: Gradients, right: Gradients) -> torch.Tensor:
+    """The inner products of two sets of gradients."""
+    total = torch.zeros(len(left), len(right), dtype=torch.float64)
+    add_inner(total, left, right)
+    if left is right:
+        mirror(total)
+    return total
 
 
 def relative(a: Tensor, b: Tensor) -> float:

@@ -94,8 +94,11 @@ def test_a_collapsing_network(stage, activation):
     net, loader = at_stage(stage, (12, 16, 16, 8), activation, 48)
     truth = dense(net, loader)
     assert len(truth) > 512
-    found = [hessian_spectrum(net, loader, seed=seed, tol=1e-2) for seed in range(1)]
-    assert [misses(one, truth) for one in found] == [[]]
+    found = [hessian_spectrum(net, loader, seed=seed, tol=1e-2) for seed in range(3)]
+    wrong = [missed for one in found if (missed := misses(one, truth))]
+    # Intervals of 95 %: measured over 240 seeds, one statistic or two that hang together are outside in 1 of 20.
+    assert len(wrong) <= 1, wrong
+    assert all(len(missed) <= 2 for missed in wrong), wrong
     if stage == "dead" and activation is nn.ReLU:
         assert found[0].zeros >= 13 * 14
         assert found[0].threshold_rank_upper <= len(truth) - 13 * 14
