@@ -29,6 +29,10 @@ PLENTY = 2**27
 LARGEST_CHUNK = 512
 """Examples whose gradients are taken at once, at most (our choice: more gain nothing)."""
 
+TRIAL_COPIES = 5
+"""Tensors of the size of all weights that the trial of the ways to per-example gradients holds (counted). The C library's allocator keeps what
+they leave, so they count beside all else."""
+
 RIGHT_ANGLE = 1e-6
 """Cosines this close to zero count as zero (our choice: what rounding of float32 gradients leaves of a right angle)."""
 
@@ -42,7 +46,7 @@ class GramPlan:
         gradients: Examples run forward and backward in all: their number where all gradients are kept at once, more where it takes several
             passes.
         multiplications: Multiplications of all inner products.
-        peak: Bytes at the most: the gradients kept, the matrix, and what a pass or the products work with.
+        peak: Bytes at the most: the gradients kept, the matrix, what a pass or the products work with, and what the trial leaves.
         bytes: What of it is beyond an ordinary forward and backward pass of `Subject.chunk` examples.
     """
 
@@ -132,7 +136,8 @@ def gram_plan(subject: Subject) -> GramPlan:
     held = max(min(count, 2 * rows) * sum(kept[name] for name in names) * size for names, rows in groups)
     working = max(2 * gradient_chunk(subject) * subject.activation_bytes, 16 * min(SLAB, count * subject.size))
     multiplications = count * (count + 1) // 2 * route_of(subject).multiplications
-    peak = held + 2 * 8 * count**2 + working
+    matrices = 8 * count**2 * (1 if subject.device.type == "cpu" else 2)
+    peak = held + matrices + working + TRIAL_COPIES * subject.size * size
     return GramPlan(groups, gradients, multiplications, peak, max(0, peak - subject.chunk * subject.activation_bytes))
 
 

@@ -35,7 +35,12 @@ class SketchPlan:
 
 def gram_fits(subject: Subject) -> bool:
     """Whether the eigenvalue problem of the whole Gram matrix fits half the subject's memory."""
-    return MATRICES * 8 * len(subject.examples) ** 2 <= subject.memory // 2
+    return _bytes_of(len(subject.examples)) <= subject.memory // 2
+
+
+def eigenvalue_bytes(subject: Subject) -> int:
+    """What the eigenvalue problem takes, of the whole Gram matrix or of the sketch."""
+    return _bytes_of(len(subject.examples) if gram_fits(subject) else sketch_plan(subject).landmarks)
 
 
 def sketch_plan(subject: Subject) -> SketchPlan:
@@ -43,7 +48,11 @@ def sketch_plan(subject: Subject) -> SketchPlan:
     count, row = len(subject.examples), route_of(subject).numbers * subject.dtype.itemsize
     fits = min(subject.memory // (2 * row), math.isqrt(subject.memory // (4 * 8 * MATRICES)))
     landmarks = int(min(count, max(1, fits)))
-    return SketchPlan(landmarks, count + landmarks, landmarks * row + MATRICES * 8 * landmarks**2)
+    return SketchPlan(landmarks, count + landmarks, landmarks * row + _bytes_of(landmarks))
+
+
+def _bytes_of(rows: int) -> int:
+    return MATRICES * 8 * rows**2
 
 
 def gram_sketch(subject: Subject, generator: torch.Generator) -> Sketch:

@@ -19,7 +19,7 @@ from plasticity_probe.linalg.ranks import (
 )
 from plasticity_probe.measurement import Measurement, Status
 from plasticity_probe.network.gradients import gram, gram_plan
-from plasticity_probe.network.gram_sketch import gram_fits, gram_sketch, sketch_plan
+from plasticity_probe.network.gram_sketch import eigenvalue_bytes, gram_fits, gram_sketch, sketch_plan
 from plasticity_probe.network.subject import Subject
 from plasticity_probe.probe import Cost, Need, Probe, measured
 from plasticity_probe.rank import Rank
@@ -83,10 +83,10 @@ class FisherRank(Probe[Rank]):
             raise UsageError(f"expected at least 1 example, got {self.examples}.")
 
     def cost(self, subject: Subject) -> Cost:
-        """The per-example gradients, some of them several times where they do not fit the memory together."""
+        """The per-example gradients, some of them several times where they do not fit the memory together, and then the eigenvalues."""
         subject = subject.take(self.examples)
         plan = gram_plan(subject) if gram_fits(subject) else sketch_plan(subject)
-        return Cost(gradients=plan.gradients, bytes=plan.bytes)
+        return Cost(gradients=plan.gradients, bytes=max(plan.bytes, eigenvalue_bytes(subject)))
 
     def measure(self, subject: Subject, generator: torch.Generator) -> Rank:
         """Measures the rank; the generator draws the landmarks of a sketch.

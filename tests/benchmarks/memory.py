@@ -57,6 +57,7 @@ RUNS = (
     Run("mlp", 1024, 8.0, "spectrum of the Hessian"),
     Run("mlp", 1024, 2.5, "spectrum of the Hessian"),
     Run("mlp", 512, 4.0, "rank of the Fisher"),
+    Run("mlp", 4096, 4.0, "rank of the Fisher"),
     Run("mlp-256", 4096, 4.0, "spectrum of the Hessian"),
     Run("mlp-256", 4096, 0.4, "spectrum of the Hessian"),
     Run("mlp-256", 512, 4.0, "gradient norms"),
