@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from plasticity_probe.linalg.krylov_space import KrylovSpace
+from plasticity_probe.linalg.krylov_space import TINY, KrylovSpace
 
 ENOUGH = 1e100
 """Where the recurrence stops growing: far beyond any use, far below overflow."""
@@ -74,24 +74,34 @@ class Evidence:
         Returns:
             The bound, at most 1.
         """
-        return min(1.0, math.sqrt(2 * size / (math.pi * self.total)))
+        return min(1.0, self._bound(size))
+
+    def steps_to(self, chance: float, size: int) -> int:
+        """About how many more steps bring `chance_overlooked` down to a chance, if it goes on falling as in the last one; at least 1."""
+        growth = self.value / self.before if self.before > 0 else 1.0
+        factor = self._bound(size) / chance
+        return max(1, math.ceil(math.log(factor) / math.log(growth))) if growth > 1 and factor > 1 else 1
+
+    def _bound(self, size: int) -> float:
+        return math.sqrt(2 * size / (math.pi * self.total))
 
 
-def run_outside(space: KrylovSpace, tilt: Tensor) -> Iterator[tuple[float, float]]:
+def run_outside(space: KrylovSpace, tilt: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Runs Lanczos from a random vector orthogonal to a space, with the operator ``(I - QQ') A (I - QQ') + F M F'``.
 
     Its vectors are kept orthogonal to the space, not to each other: that would only remove copies of eigenvalues, which neither widen the
-    range of the Ritz values nor change how the measure is distributed (Greenbaum 1989). So it needs no memory.
+    range of the Ritz values nor change how the measure is distributed (Greenbaum 1989). So it needs no memory. No step waits for an accelerator.
 
     Args:
         space: Q, and the remainders F.
         tilt: M, shape (p, p), symmetric.
 
     Yields:
-        alpha_j and beta_j after each product; NaN where that was not finite. It goes on in what rounding leaves, since an eigenvalue above
-        rounding shows there too, and ends where nothing is left: at once where Q spans everything.
+        alpha_j and beta_j after each product, float64 on the operator's device; NaN where that was not finite. It goes on in what rounding
+        leaves, since an eigenvalue above rounding shows there too, and on the CPU it ends where nothing is left: at once where Q spans
+        everything.
     """
-    direction, before, beta = space.random_unit(), None, 0.0
+    direction, before, beta = space.random_unit(), None, torch.zeros(())
     while direction is not None:
         left = space.outside(space.multiplied(direction))
         if len(tilt):
@@ -100,22 +110,22 @@ def run_outside(space: KrylovSpace, tilt: Tensor) -> Iterator[tuple[float, float
         alpha = _inner(left, direction)
         left = left - alpha.to(left) * direction
         if before is not None:
-            left = left - beta * before
-        last = beta
-        left, beta = _cleaned(space, left, direction, math.hypot(float(alpha), last))
-        yield float(alpha), beta
-        before, direction = direction, left / beta if beta > 0 else None
+            left = left - beta.to(left) * before
+        left, beta = _cleaned(space, left, direction, torch.hypot(alpha, beta.to(alpha)))
+        yield alpha, beta
+        goes_on = space.waits_on_device or bool(beta > 0)
+        before, direction = direction, left / beta.clamp(min=TINY).to(left) if goes_on else None
 
 
-def _cleaned(space: KrylovSpace, left: Tensor, direction: Tensor, length: float) -> tuple[Tensor, float]:
+def _cleaned(space: KrylovSpace, left: Tensor, direction: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
     """What a step leaves, with its length: projected again for as long as that is much shorter than what was removed, and so mostly rounding."""
-    beta = float(_inner(left, left).sqrt())
-    for _ in range(3):
-        if not 0 < beta < SHORT * length:
+    beta = _inner(left, left).sqrt()
+    for _ in range(1 if space.waits_on_device else 3):
+        if not space.waits_on_device and not 0 < float(beta) < SHORT * float(length):
             break
         left = space.outside(left)
         left = left - _inner(left, direction).to(left) * direction
-        beta, length = float(_inner(left, left).sqrt()), beta
+        beta, length = _inner(left, left).sqrt(), beta
     return left, beta
 
 

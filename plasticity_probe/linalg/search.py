@@ -8,6 +8,7 @@ the spectrum, a product with a random combination of its pairs tests what the se
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -30,7 +31,10 @@ STARTS = 16
 """The most random starts that join at once after something was missed (our choice); their number doubles each time."""
 
 UNASKED = 8
-"""Steps between looks at the numbers where looking interrupts an accelerator (our choice)."""
+"""Most steps between looks at the numbers where looking interrupts an accelerator (our choice)."""
+
+FIRST_UNASKED = 3
+"""Steps of a run outside of the space before the first look at its numbers (our choice: they tell how many it will take)."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,12 @@ class Search:
     @property
     def spent(self) -> bool:
         """Whether no step may begin any more."""
-        return self.space.products >= self.max_products
+        return self.left <= 0
+
+    @property
+    def left(self) -> int:
+        """How many products are left."""
+        return self.max_products - self.space.products
 
     def wanted(self, ritz: Ritz) -> list[int]:
         """The places of the values that either end asks for."""
@@ -165,7 +174,7 @@ def _grown(search: Search, ends: Sequence[End], least: int) -> list[End]:
             if space.room == 0:
                 return []
         together = UNASKED if space.waits_on_device and space.waiting == 1 else 1
-        for _ in range(min(together, space.room, search.max_products - space.products)):
+        for _ in range(min(together, space.room, search.left)):
             space.expand()
     return []
 
@@ -186,17 +195,23 @@ def _chance_beyond(search: Search, end: End) -> float | None:
     space = search.space
     ritz = space.ritz()
     limit, tilt = search.limit(end, ritz), search.tilt(end, ritz)
-    evidence = Evidence(limit, end.sign)
-    chance = evidence.chance_overlooked(space.operator.size)
-    for alpha, beta in run_outside(space, tilt):
-        space.finite = math.isfinite(alpha) and math.isfinite(beta)
-        evidence = evidence.after(alpha, beta)
-        if evidence.found:
-            return None
-        chance = evidence.chance_overlooked(space.operator.size)
-        rounding = abs(limit) <= INDISTINCT * space.floor and beta <= NEGLIGIBLE * space.floor
-        if rounding or chance <= MISSED or search.spent:
-            return 0.0 if rounding else chance
+    size, evidence = space.operator.size, Evidence(limit, end.sign)
+    chance, together = evidence.chance_overlooked(size), FIRST_UNASKED if space.waits_on_device else 1
+    run = run_outside(space, tilt)
+    while numbers := [torch.stack(pair) for pair in islice(run, max(1, min(together, search.left)))]:
+        for alpha, beta in [(float(a), float(b)) for a, b in torch.stack(numbers).cpu()]:
+            space.finite = math.isfinite(alpha) and math.isfinite(beta)
+            evidence = evidence.after(alpha, beta)
+            if evidence.found:
+                return None
+            chance = evidence.chance_overlooked(size)
+            if abs(limit) <= INDISTINCT * space.floor and beta <= NEGLIGIBLE * space.floor:
+                return 0.0
+            if chance <= MISSED:
+                return chance
+        if search.spent:
+            return chance
+        together = min(evidence.steps_to(MISSED, size), UNASKED) if space.waits_on_device else 1
     return 0.0
 
 

@@ -75,7 +75,7 @@ def test_the_chance_holds_over_many_random_vectors():
         evidence = Evidence(1.06, 1.0)
         run = run_outside(empty_space(torch.diag(diagonal), seed), torch.zeros(0, 0).double())
         for step, (alpha, beta) in enumerate(run, start=1):
-            evidence = evidence.after(alpha, beta)
+            evidence = evidence.after(float(alpha), float(beta))
             if step == 8:
                 break
         vector = torch.randn(size, generator=torch.Generator().manual_seed(seed)).double()
@@ -96,6 +96,46 @@ def test_a_run_stays_outside_of_the_space(symmetric_matrix):
         space.settle()
     run = run_outside(space, torch.zeros(1, 1).double())
     assert all(abs(alpha) < 1.1 and beta < 1.1 for (alpha, beta), _ in zip(run, range(40), strict=False))
+
+
+def test_steps_outside_read_nothing_from_the_device(symmetric_matrix, monkeypatch):
+    matrix = symmetric_matrix(torch.cat([torch.tensor([9.0, 8.0]), torch.linspace(0, 1, 58)]).double())
+    runs = []
+    for quiet in (False, True):
+        monkeypatch.setattr(KrylovSpace, "waits_on_device", property(lambda self, quiet=quiet: quiet))
+        space = KrylovSpace(DenseOperator(matrix), 50, torch.Generator().manual_seed(0))
+        space.add_start()
+        for _ in range(6):
+            space.expand()
+        space.settle()
+        run = run_outside(space, torch.ones(1, 1).double())
+        numbers = [next(run)]
+        with monkeypatch.context() as patched:
+            for name in ("item", "__float__", "__bool__", "tolist", "cpu", "numpy") if quiet else ():
+                patched.setattr(torch.Tensor, name, refused)
+            numbers += [next(run) for _ in range(6)]
+        runs.append(torch.tensor([(float(alpha), float(beta)) for alpha, beta in numbers]))
+    assert torch.allclose(runs[0], runs[1], rtol=1e-6)
+
+
+def refused(*_):
+    raise AssertionError("a number was read")
+
+
+def test_the_steps_that_are_missing_are_foreseen():
+    nodes = torch.linspace(-1, 1, 400, dtype=torch.float64)
+    alphas, betas, _ = recurrence(nodes, torch.full_like(nodes, 1 / 400), 30)
+    evidence, foreseen, needed = Evidence(1.3, 1.0), 0, 0
+    for step, (alpha, beta) in enumerate(zip(alphas, betas, strict=True), start=1):
+        evidence = evidence.after(alpha, beta)
+        if step == 3:
+            foreseen = 3 + evidence.steps_to(1e-4, 10**6)
+        if evidence.chance_overlooked(10**6) <= 1e-4:
+            needed = step
+            break
+    assert needed - 2 <= foreseen <= needed + 3
+    assert evidence.steps_to(1e-4, 10**6) == 1
+    assert Evidence(1.3, 1.0).steps_to(1e-4, 10) == 1
 
 
 def test_the_tilt_is_what_makes_inertia_exact(symmetric_matrix):

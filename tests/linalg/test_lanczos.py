@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 
 from plasticity_probe.errors import UsageError
 from plasticity_probe.linalg.krylov import lanczos, ritz
+from plasticity_probe.linalg.krylov_space import KrylovSpace
 from plasticity_probe.linalg.lanczos import EigenStatus, extreme_eigenpairs
 from plasticity_probe.linalg.operator import CountingOperator, DenseOperator
+from plasticity_probe.linalg.search import MISSED
 
 DTYPES = [torch.float32, torch.float64]
 SCALES = [1e-30, 1.0, 1e30]
@@ -269,6 +271,20 @@ def test_an_unfinished_search_for_copies_is_not_ok(symmetric_matrix, generator):
         found = extreme_eigenpairs(DenseOperator(matrix), 8, 0, generator=generator, max_products=max_products)
         right = torch.allclose(found.top.values, torch.full((8,), 5.0).double(), rtol=TOL)
         assert right or found.top.status is EigenStatus.NOT_CONVERGED
+
+
+@pytest.mark.parametrize("asked_rarely", [False, True])
+def test_an_end_that_was_not_looked_at_is_not_ok(symmetric_matrix, generator, monkeypatch, asked_rarely):
+    """However the products end: where an end is ok its chance of having missed something was computed, and small."""
+    monkeypatch.setattr(KrylovSpace, "waits_on_device", property(lambda self: asked_rarely))
+    matrix = symmetric_matrix(torch.cat([f64(9, 8, 7), spread(-0.1, 0.1, N - 6), f64(-7, -8, -9)]))
+    complete = 0
+    for max_products in range(10, 70):
+        found = extreme_eigenpairs(DenseOperator(matrix), 3, 3, generator=generator, max_products=max_products)
+        for end in found:
+            complete += end.status is EigenStatus.OK
+            assert (end.status is EigenStatus.OK) == (0 < end.overlooked <= MISSED)
+    assert 20 <= complete < 120
 
 
 def test_same_seed_same_numbers_and_the_global_state_is_left_alone(symmetric_matrix):
