@@ -105,8 +105,9 @@ def run_outside(space: KrylovSpace, tilt: Tensor) -> Iterator[tuple[Tensor, Tens
     while direction is not None:
         left = space.outside(space.multiplied(direction))
         if len(tilt):
-            remainders = torch.stack(space.remainders, 1)
-            left = left + remainders @ (tilt.to(left) @ (remainders.T @ direction))
+            shares = torch.stack([_inner(each, direction) for each in space.remainders])
+            for each, share in zip(space.remainders, tilt.to(shares) @ shares, strict=True):
+                left = left + share.to(left) * each
         alpha = _inner(left, direction)
         left = left - alpha.to(left) * direction
         if before is not None:

@@ -13,7 +13,7 @@ is (Daniel, Gragg, Kaufman & Stewart 1976), and its size shows how symmetric the
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +35,7 @@ TINY = 1e-35
 """What a length of 0 is replaced by, so that a direction of zeros comes of it instead of NaN; `settle` takes such a step back."""
 
 BLOCK = 1 << 16
-"""Columns of the basis rotated at a time in a restart, so that no second basis is held (our choice)."""
+"""Entries of vectors that are combined at a time, so that no second basis is held (our choice)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -311,8 +311,11 @@ class KrylovSpace:
         """
         if len(self._remainders) < 2:
             return self.residual_lengths(coordinates)
-        lengths = column_norms(self.residual_vectors(coordinates))
-        return (lengths.square() + self._dropped_squares(coordinates)).sqrt()
+        weights = torch.stack([each.coupling for each in self._remainders]) @ coordinates.to(self._projected)
+        squares = torch.zeros(coordinates.shape[1], dtype=torch.float64, device=weights.device)
+        for some in self._remainders_in_blocks():
+            squares += (weights.T.to(some) @ some).square().sum(1, dtype=torch.float64)
+        return (squares.cpu() + self._dropped_squares(coordinates)).sqrt()
 
     def _dropped_squares(self, coordinates: Tensor) -> Tensor:
         squares = torch.zeros(coordinates.shape[1], dtype=torch.float64)
@@ -324,8 +327,15 @@ class KrylovSpace:
         """F'F, float64 on the CPU. Single precision would leave its square root of short sums of long remainders."""
         if len(self._remainders) == 1:
             return self._remainders[0].length.square().cpu().reshape(1, 1)
-        vectors = [vector.double() for vector in self.remainders]
-        return torch.stack([torch.stack([a @ b for b in vectors]) for a in vectors]).cpu()
+        overlap = torch.zeros(len(self._remainders), len(self._remainders), dtype=torch.float64)
+        for some in self._remainders_in_blocks():
+            overlap += (some.double() @ some.double().T).cpu()
+        return overlap
+
+    def _remainders_in_blocks(self) -> Iterator[Tensor]:
+        """F', some columns at a time."""
+        for first in range(0, self.operator.size, BLOCK):
+            yield torch.stack([each.vector[first : first + BLOCK] for each in self._remainders])
 
     def _expected(self, direction: Tensor) -> Tensor:
         """Q'A q by symmetry for a new basis vector q, and the remainders made orthogonal to q."""

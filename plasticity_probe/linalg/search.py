@@ -142,9 +142,12 @@ def searched(search: Search) -> Solution:
     while ready := _grown(search, [end for end in search.ends if not overlooked[end] <= MISSED], least):
         least = 0
         for end in ready:
+            before = space.products
             chance = _chance_beyond(search, end)
             if chance is None:
-                least = max(1, sum(space.add_start() for _ in range(min(starts, space.room - space.waiting))))
+                joined = sum(space.add_start() for _ in range(min(starts, space.room - space.waiting)))
+                # A fresh start needs about as many steps to show what is there as the run that found it.
+                least = max(1, joined, space.products - before)
                 starts = min(2 * starts, STARTS)
                 break
             overlooked[end] = chance
