@@ -28,7 +28,7 @@ def test_the_readme_holds_the_two_commands() -> None:
     assert 'pip install -e ".[test]" -c constraints.txt && pytest' in lines
 
 
-@pytest.mark.parametrize("page", ["getting-started.md", "adding-a-probe.md"])
+@pytest.mark.parametrize("page", ["getting-started.md", "curvature.md", "adding-a-probe.md"])
 def test_python_blocks_run_one_after_the_other(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.S)

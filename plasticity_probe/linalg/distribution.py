@@ -410,7 +410,8 @@ def validity(found: Estimate, ceiling: float, steps: int, draws: int) -> str:
             f"hardly determined: {steps} Lanczos steps alone leave {found.steps[0]:.0f} to {found.steps[1]:.0f} open, as they do not tell the "
             "smallest eigenvalues from 0. Take a larger delta (rank_sweep), more products (density_products), or the Fisher, whose rank is exact"
         )
-    return f"hardly determined: {draws} random start vectors leave it open. Allow more products (density_products)"
+    vectors = "1 random start vector leaves" if draws == 1 else f"{draws} random start vectors leave"
+    return f"hardly determined: {vectors} it open. Allow more products (density_products)"
 
 
 def _deviation(row: MomentBounds, size: int, draws: int) -> float:
