@@ -30,6 +30,9 @@ STEPS_PER_PAIR = 7
 """Basis vectors that the search for eigenpairs may hold for each pair asked for (our choice: on an MLP it took 206 products, with 5 for each
 pair 221, and 199 without a limit; ARPACK asks for at least 2)."""
 
+SMALL_BASIS = 2**28
+"""Bytes below which a basis is never too long (our choice, 256 MB: a graded end of a small matrix takes few products with the whole of it)."""
+
 
 class CurvatureOperator:
     """A curvature matrix of a subject's mean loss, known by its products. A context manager: leaving it frees the graphs.
@@ -341,7 +344,7 @@ def _steps(subject: Subject, k: int, max_products: int) -> int:
             f"expected memory for {needed} vectors of {subject.size} parameters ({needed * vector / 1e9:.1f} GB) in a quarter of what is "
             f"allowed, but {subject.memory / 1e9:.1f} GB are. Ask for fewer eigenvalues (k), or allow more memory."
         )
-    return min(max_products, max(fits, least), max(STEPS_PER_PAIR * 2 * k, least))
+    return min(max_products, max(fits, least), max(STEPS_PER_PAIR * 2 * k, SMALL_BASIS // vector, least))
 
 
 def _zeros(top: Eigenpairs, k: int) -> Eigenpairs:

@@ -26,17 +26,20 @@ GRID = [(name, state) for name in NETWORKS for state in STATES]
 FISHER_FLOOR = ((six_networks.EXAMPLES + 1024) * SINGLE) ** 2
 """Share of the largest eigenvalue of the Fisher that rounding of the gradients may make, from the docstring of `noise_floor`."""
 
+NEXT = 1.5
+"""Factor by which a rank may lie outside of its interval, which holds it in 19 of 20 runs; how often is a test of its own."""
+
 
 def check(found: Comparison, standard_errors: float) -> None:
-    """Both ends within 1e-3 (or 1e-6 of the norm), the trace within its standard errors, every rank in its interval.
+    """Both ends within 1e-3 (or 1e-6 of the norm), the trace within its standard errors, every rank in its interval or next to it.
 
-    The status is ok; or, where not even an ideal Krylov method would converge within the products allowed, it says so, and every value lies
-    as close to an eigenvalue as its residual says.
+    The status is ok; or, where not even an ideal Krylov method would converge within the products allowed, or where no gap divides the smallest
+    eigenvalues, it says so, and every value lies as close to an eigenvalue as its residual says.
     """
     assert found.trace <= standard_errors
-    assert not found.missed
+    assert all(low / NEXT <= dense <= high * NEXT for low, high, dense in found.missed.values()), found.missed
     if found.spectrum.status == "not_converged":
-        assert beyond_reach(found)
+        assert beyond_reach(found) or without_a_gap(found)
         assert residuals_are_honest(found)
         return
     assert found.spectrum.status == "ok", found.spectrum.message
@@ -49,6 +52,12 @@ def residuals_are_honest(found: Comparison) -> bool:
     residuals = torch.cat([found.spectrum.top_residuals, found.spectrum.bottom_residuals])
     nearest = (values[:, None] - found.exact.eigenvalues).abs().amin(1)
     return bool((nearest <= residuals + 1e-4 * values.abs() + 1e-6 * found.exact.norm).all())
+
+
+def without_a_gap(found: Comparison) -> bool:
+    """Whether many more eigenvalues than were asked for are the smallest one to rounding: a random vector never tells that none is smaller."""
+    values, k = found.exact.eigenvalues, len(found.spectrum.bottom)
+    return int((values - values[0] <= SINGLE * found.exact.norm).sum()) > 5 * k
 
 
 def beyond_reach(found: Comparison, products: int = 300, tol: float = 1e-3) -> bool:
@@ -82,6 +91,13 @@ def test_a_few_hessians(name: str, state: str) -> None:
 @pytest.mark.parametrize(("name", "state"), GRID)
 def test_the_whole_grid(name: str, state: str, matrix: str) -> None:
     check(compared(name, state, matrix), 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("matrix", ["hessian", "ggn", "fisher"])
+def test_intervals_of_ranks_miss_as_rarely_as_they_say(matrix: str) -> None:
+    """Of 24 spectra one in ten has one of seven ranks outside of its 95 % interval, as they hang together; more than 7 hardly ever have."""
+    assert sum(bool(compared(name, state, matrix).missed) for name, state in GRID) <= 7
 
 
 @pytest.mark.slow
