@@ -331,7 +331,6 @@ class Comparison:
     missed: dict[str, tuple[float, float, float]]
 
 
-@cache
 def compared(name: str, state: str, matrix: str, seed: int = 0) -> Comparison:
     """Measures the float32 network as a user would and sets it beside the dense float64 matrix."""
     with one_thread():
