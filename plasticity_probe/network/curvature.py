@@ -30,8 +30,8 @@ STEPS_PER_PAIR = 7
 """Basis vectors that the search for eigenpairs may hold for each pair asked for (our choice: on an MLP it took 206 products, with 5 for each
 pair 221, and 199 without a limit; ARPACK asks for at least 2)."""
 
-SMALL_BASIS = 2**28
-"""Bytes below which a basis is never too long (our choice, 256 MB: a graded end of a small matrix takes few products with the whole of it)."""
+SMALL_BASIS = 2**26
+"""Bytes below which a basis is never too long (our choice, 64 MB: a graded end of a small matrix takes few products with the whole of it)."""
 
 
 class CurvatureOperator:
