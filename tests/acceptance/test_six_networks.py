@@ -38,12 +38,15 @@ NEXT = 1.5
 
 
 def check(found: Comparison, standard_errors: float) -> None:
-    """Both ends within 1e-3 (or 1e-6 of the norm), the trace within its standard errors, every rank in its interval or next to it.
+    """Both ends within 1e-3 (or 1e-6 of the norm), the trace within its standard errors, every rank of a Hessian in its interval.
+
+    Ranks of the other matrices lie in theirs or next to them.
 
     The status is ok; or, where not even an ideal Krylov method would converge within the products allowed, or where no gap divides the smallest
     eigenvalues, it says so, and every value lies as close to an eigenvalue as its residual says.
     """
     assert found.trace <= standard_errors
+    assert not found.missed or found.spectrum.matrix != "hessian", found.missed
     assert all(low / NEXT <= dense <= high * NEXT for low, high, dense in found.missed.values()), found.missed
     if found.spectrum.status == "not_converged":
         assert beyond_reach(found) or without_a_gap(found)
