@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from plasticity_probe.probes.norms import GradientNorms, WeightNorms, gradient_norms, weight_norms
     from plasticity_probe.probes.performance import Performance, performance
     from plasticity_probe.probes.spectrum import hessian_spectrum
+    from plasticity_probe.probes.trainability import Trainability, trainability
     from plasticity_probe.probes.units import UnitActivity, dead_units
     from plasticity_probe.rank import Rank
     from plasticity_probe.spectrum import Spectrum
@@ -46,6 +47,7 @@ _HOMES = {
     "Spectrum": "spectrum",
     "Status": "measurement",
     "Subject": "network.subject",
+    "Trainability": "probes.trainability",
     "UnitActivity": "probes.units",
     "WeightNorms": "probes.norms",
     "analyze": "analysis",
@@ -58,6 +60,7 @@ _HOMES = {
     "memorization": "probes.memorization",
     "open_trace": "trace.reader",
     "performance": "probes.performance",
+    "trainability": "probes.trainability",
     "weight_norms": "probes.norms",
 }
 
@@ -77,6 +80,7 @@ __all__ = [
     "Spectrum",
     "Status",
     "Subject",
+    "Trainability",
     "UnitActivity",
     "WeightNorms",
     "analyze",
@@ -89,6 +93,7 @@ __all__ = [
     "memorization",
     "open_trace",
     "performance",
+    "trainability",
     "weight_norms",
 ]
 

@@ -131,7 +131,7 @@ class Analysis:
 
 def analyze(
     model: Model,
-    data: Any,
+    data: Any = None,
     *,
     probes: Sequence[str | Probe[Any]] | dict[str, Probe[Any]] | None = None,
     trace: str | Path | None = None,
@@ -143,8 +143,9 @@ def analyze(
 
     Args:
         model: A module, a checkpoint file, a folder, or several of those.
-        data: A name such as "cifar10", a path, a reference, a loader of batches, or a `DataSet`.
-        probes: Names or probes, or probes by label; every registered probe by default.
+        data: A name such as "cifar10", a path, a reference, a loader of batches, or a `DataSet`. None for the
+            checkpoints of a training run, whose folder knows its tasks (`on="current"`, "next" or "noise").
+        probes: Names or probes, or probes by label; by default every registered probe but those whose `default` is False.
         trace: HDF5 file to store every number in; what is there already is not measured again.
         retry_failed: Measure again what is in the trace with a status other than ok.
         progress: Called as report(done, total, text).
@@ -223,7 +224,7 @@ class _Run:
 
     def _subject(self, network: Network, index: int) -> Subject | None:
         try:
-            return self.wanted.subject(network.model)
+            return self.wanted.subject_of(network)
         except InputError as error:
             self._refuse(index, error)
             return None

@@ -9,6 +9,7 @@
     │   ├── DataError                      missing, malformed or mismatching data
     │   └── SubjectError                   a model, loss and data that do not go together
     ├── TraceError (OSError)               a trace cannot be read or written                        exit code 5
+    ├── RunError (OSError)                 a run folder cannot be read or written                   exit code 5
     └── BudgetError (MemoryError)          the work would exceed the memory or time allowed         exit code 6
 
 A message says what was expected, what came instead and what to do about it. What goes wrong inside one measurement of one checkpoint
@@ -83,6 +84,12 @@ class SubjectError(InputError):
 
 class TraceError(PlasticityProbeError, OSError):
     """A trace cannot be read or written."""
+
+    exit_code = 5
+
+
+class RunError(PlasticityProbeError, OSError):
+    """A run folder cannot be read or written, or lacks the room that the run needs."""
 
     exit_code = 5
 

@@ -92,7 +92,7 @@ def plan(study: Study) -> Plan:
     """
     network = next(study.networks())()
     with isolated():
-        made = study.subject(network.model)
+        made = study.subject_of(network)
         check(study.probes, made)
         rates = _rates(made)
         lines = _lines(study.probes, made, rates)

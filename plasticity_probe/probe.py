@@ -66,12 +66,14 @@ class Probe(ABC, Generic[M]):
         title: What it measures, in a few words.
         needs: What the subject must offer.
         returns: The class of its measurement.
+        default: Whether it runs where no probes are named; False for what costs more than all others together.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     needs: ClassVar[Need] = Need.DATA
     returns: ClassVar[type[Measurement]]
+    default: ClassVar[bool] = True
 
     @abstractmethod
     def cost(self, subject: Subject) -> Cost:

@@ -30,6 +30,8 @@ from plasticity_probe.network.subject import Subject, subject
 from plasticity_probe.probe import Probe, generator_for
 from plasticity_probe.record import Checkpoint
 from plasticity_probe.references import is_reference, resolve
+from plasticity_probe.run_tasks import RunTasks, run_tasks
+from plasticity_probe.training.standing import run_folders
 
 Model = nn.Module | str | Path | Sequence[str | Path]
 Probes = Mapping[str, Probe[Measurement]]
@@ -47,12 +49,16 @@ class Network:
         model: The network with its weights.
         build: Makes a freshly initialised one of the same architecture; None where that is unknown.
         notes: What was identified, loaded, missing and unexpected.
+        material: Examples of its own, where each checkpoint of a run has another task; None for those of the study.
+        initial: Its weights at initialisation, where its run kept them.
     """
 
     checkpoint: Checkpoint
     model: nn.Module
     build: Callable[[], nn.Module] | None
     notes: tuple[str, ...]
+    material: Material | None = None
+    initial: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +75,7 @@ class Study:
         trust_pickle: Whether code in a checkpoint may run.
         options: What `plasticity_probe.network.subject.subject` takes besides: loss, mode, dtype, device, memory, initial, parameters,
             allow_tf32.
+        tasks: The training run that the checkpoints belong to, where each is measured on a task of it.
     """
 
     model: nn.Module | tuple[Path, ...]
@@ -79,6 +86,7 @@ class Study:
     seed: int
     trust_pickle: bool
     options: Mapping[str, Any] = field(default_factory=dict)
+    tasks: RunTasks | None = None
 
     @property
     def size(self) -> int:
@@ -101,6 +109,16 @@ class Study:
             model, m.examples, seed=self.seed, training=m.training, held_out=m.held_out, noisy=m.noisy, **self.options
         )
 
+    def subject_of(self, network: Network) -> Subject:
+        """The subject of a checkpoint: its network with the examples and the initial weights that belong to it.
+
+        Args:
+            network: The network.
+        """
+        initial = self.options.get("initial") or network.initial
+        own = replace(self, material=network.material or self.material, options={**self.options, "initial": initial})
+        return own.subject(network.model)
+
     def fresh_subject(self, build: Callable[[], nn.Module], replicate: int) -> Subject:
         """The subject of a freshly initialised network whose BatchNorm statistics come from the study's examples."""
         with isolated():
@@ -115,13 +133,14 @@ class Study:
     def settings(self, label: str) -> dict[str, Any]:
         """What makes two rows of a label comparable: the probe's settings and the conditions it runs under."""
         probe, m = self.probes[label], self.material
-        data = {"examples": m.examples, "training": m.training, "held_out": m.held_out}
+        data = {"examples": m.examples, "training": m.training, "held_out": m.held_out} if self.tasks is None else {}
         initial = self.options.get("initial")
         return {
             "probe": probe.name,
             **_plain(probe.settings()),
             **{key: _named(value) for key, value in self.options.items() if value is not None and key in DECISIVE},
             **{f"{key}_sha256": examples.sha256 for key, examples in data.items() if examples is not None},
+            **(self.tasks.identity if self.tasks is not None else {}),
             **({"initial_sha256": tensors_sha256(initial)} if initial else {}),
             **({"noisy_sha256": tensors_sha256({"noisy": m.noisy})} if m.noisy is not None else {}),
             "seed": self.seed,
@@ -134,13 +153,18 @@ class Study:
         run, step, task = standing(path, file.metadata, index)
         notes = [f"network: {found.name}" + (" (found by its names and shapes)" if self.architecture is None else "")]
         notes.append(_loaded(loaded))
-        return Network(Checkpoint(run, step, task, str(path), file.sha256), loaded.model, found.build, tuple(notes))
+        place = Checkpoint(run, step, task, str(path), file.sha256)
+        if self.tasks is None:
+            return Network(place, loaded.model, found.build, tuple(notes))
+        own, initial = self.tasks.material(path), self.tasks.initial(path)
+        return Network(place, loaded.model, found.build, tuple(notes), own, initial)
 
 
 def study(
     model: Model,
-    data: Any,
+    data: Any = None,
     *,
+    on: str = "current",
     architecture: str | Callable[[], nn.Module] | None = None,
     probes: Sequence[str | Probe[Any]] | Mapping[str, Probe[Any]] | None = None,
     fresh: int = 1,
@@ -160,10 +184,12 @@ def study(
 
     Args:
         model: A module, a checkpoint file, a folder, or several of those.
-        data: A name, a path or a reference (see `plasticity_probe.data.sources.load_data`), a loader, or a `DataSet`.
+        data: A name, a path or a reference (see `plasticity_probe.data.sources.load_data`), a loader, or a `DataSet`. None for the checkpoints
+            of a training run, whose folder knows its tasks.
+        on: For a training run: "current", "next" or "noise"; see `plasticity_probe.run_tasks.RunTasks`.
         architecture: Network of the checkpoint files: a name, a reference "pkg.module:factory" or "file.py:factory", or a function; None finds
             it by names and shapes.
-        probes: Names or probes, or probes by label; every registered probe by default.
+        probes: Names or probes, or probes by label; by default every registered probe but those whose `default` is False.
         fresh: How many freshly initialised networks are measured beside.
         examples: Read at most this many examples of the split.
         split: Which split of a data set; "train" by default, as the papers measure curvature of the training loss.
@@ -174,7 +200,7 @@ def study(
         data_root: Folder of the named data sets.
         download: Fetch a named data set that is not there.
         seed: Seed of every random draw.
-        trust_pickle: Let code in a checkpoint run; only for files whose origin is known.
+        trust_pickle: Let code in a checkpoint run, and a function that a run folder names as its data; only for files whose origin is known.
         options: loss, mode, dtype, device, memory, initial, parameters, allow_tf32 (see `plasticity_probe.network.subject.subject`).
 
     Raises:
@@ -187,16 +213,52 @@ def study(
         problems.append(f"fresh must be at least 0 and examples at least 1, got {fresh} and {examples}")
     paths = _attempt(problems, lambda: _paths(model), ())
     _attempt(problems, lambda: _check_architecture(architecture), None)
+    if data is not None and on != "current":
+        problems.append(
+            f"measuring on {on!r} needs the tasks of a training run, and here data is named (digits where no other is); leave out --on or --data"
+        )
+    if data is None and any(value is not None for value in (split, mean, std, held_out, noisy)):
+        problems.append(
+            "split, mean, std, held_out and noisy belong to data that is named; a run is measured on its own tasks as they were trained"
+        )
     if problems:
         raise PlanError(problems)
+    if data is None:
+        if isinstance(paths, nn.Module):
+            raise UsageError(
+                "a module belongs to no training run, so its data must be named: a name such as mnist, a loader or a DataSet"
+            )
+        with isolated():
+            run = run_tasks(
+                paths, on, examples, seed=seed, data_root=data_root, download=download, trust_code=trust_pickle
+            )
+            # What stands for the study as a whole, such as the fresh network, is measured on the task of the last checkpoint.
+            last = run.material(run.last)
+        return Study(run.paths, architecture, last, chosen, fresh, seed, trust_pickle, options, run)
     how = Reading(split, mean, std, examples, seed, held_out, noisy, data_root, download)
     with isolated():
         read = material(data, how)
     return Study(paths, architecture, read, chosen, fresh, seed, trust_pickle, options)
 
 
+def is_run(model: Any) -> bool:
+    """Whether checkpoints belong to training runs, so that their data need not be named.
+
+    Args:
+        model: What is to be measured: a checkpoint file, a folder, or several of those.
+
+    Raises:
+        CheckpointError: There is no such file, or no checkpoint in a folder.
+    """
+    paths = _paths(model)
+    return not isinstance(paths, nn.Module) and run_folders(paths) != {None}
+
+
 def resolve_probes(probes: Sequence[str | Probe[Any]] | Mapping[str, Probe[Any]] | None) -> Probes:
     """Probes by label: names are looked up among the registered ones, probes stand under their own name.
+
+    Args:
+        probes: Names or probes, or probes by label; None for every registered probe but those whose `default` is False.
 
     Raises:
         UnknownNameError: No such probe.
@@ -205,7 +267,7 @@ def resolve_probes(probes: Sequence[str | Probe[Any]] | Mapping[str, Probe[Any]]
     if isinstance(probes, Mapping):
         return dict(probes)
     if probes is None:
-        found = {name: kind() for name, kind in registry.load_all(registry.PROBES).items()}
+        found = {name: kind() for name, kind in registry.load_all(registry.PROBES).items() if kind.default}
         return dict(sorted(found.items(), key=lambda entry: ORDER.index(entry[0]) if entry[0] in ORDER else len(ORDER)))
     made = [registry.load(registry.PROBES, probe)() if isinstance(probe, str) else probe for probe in probes]
     labels = [probe.name for probe in made]
@@ -223,6 +285,7 @@ ORDER = (
     "weight_norms",
     "gradient_norms",
     "memorization",
+    "trainability",
 )
 """Order of this package's probes in a table; others follow."""
 

@@ -18,7 +18,7 @@ FLOORS = [
     {"probe"},
     {"probes", "record", "registry", "functional", "testing"},
     {"trace"},
-    {"comparison", "material", "study", "planning", "analysis", "demonstration"},
+    {"comparison", "material", "run_tasks", "study", "planning", "analysis", "demonstration"},
     {"report"},
     {"cli"},
 ]
@@ -27,7 +27,8 @@ WITHIN = {
     "rank": {"linalg", "measurement"},
     "spectrum": {"linalg", "measurement", "rank"},
     "planning": {"study"},
-    "study": {"material"},
+    "study": {"material", "run_tasks"},
+    "run_tasks": {"material"},
     "analysis": {"comparison", "planning", "study"},
     "demonstration": {"analysis", "comparison", "study"},
     "references": {"errors"},
@@ -134,7 +135,7 @@ def test_torch_is_not_imported_by(module: str) -> None:
 def test_every_public_name_resolves_and_every_contract_name_is_public() -> None:
     contract = {
         "curvature_rank", "fisher_rank", "hessian_spectrum", "feature_rank", "dead_units", "weight_norms", "gradient_norms",
-        "memorization", "analyze", "open_trace",
+        "memorization", "trainability", "analyze", "open_trace",
     }  # fmt: skip
     assert contract <= set(plasticity_probe.__all__)
     for name in plasticity_probe.__all__:

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,6 +32,10 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
         "memorization",
     )
 }
+# A loss given as a function has no classes to draw labels from; two steps are enough to see that nothing is left changed.
+FUNCTIONS["trainability"] = partial(
+    probe.trainability, targets=("high_frequency", "data"), steps=2, repeats=2, orders=1, learning_rate=1e-3
+)
 
 
 class Odd(nn.Module):
@@ -130,6 +135,15 @@ def test_every_form_of_output_and_batch_gives_the_same_numbers(name: str) -> Non
     custom = measured("tensor", RAGGED, loss=loss)
     for known in (
         "accuracy",
+        "accuracy_before",
+        "accuracy_after",
+        "fresh_accuracy_before",
+        "fresh_accuracy_after",
+        "learned",
+        "fresh_learned",
+        "constant_loss",
+        "relative_advantage",
+        "relative_advantage_sem",
         "chance",
         "training_accuracy",
         "message",

@@ -12,6 +12,7 @@ SAYS = {
         "fisher_rank",
         "Trial: of 600 new random labels the checkpoint learned",
     ],
+    "feature_learning_world": ["notebook", "The warm learner memorised"],
     "own_probe": ["effective number of predicted classes", "xarray.DataArray"],
     "watch_a_run": ["rank of the Fisher before it", "threshold rank"],
 }

@@ -2,28 +2,29 @@
 
 import json
 import math
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
+from itertools import product
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from plasticity_probe.checkpoints import inference
 from plasticity_probe.checkpoints.formats import CheckpointFile
+from plasticity_probe.checkpoints.inference import Settings, Shapes, shapes_of
 from plasticity_probe.checkpoints.networks import ACTIVATIONS, MLP, CifarResNet, ConvNet, ResNet18
 from plasticity_probe.checkpoints.prefixes import strip_prefixes
 from plasticity_probe.checkpoints.refusals import listed, refused, shown
 from plasticity_probe.checkpoints.safetensors_files import OWN_KEY
+from plasticity_probe.checkpoints.transformers import CharTransformer, ViT
 from plasticity_probe.errors import CheckpointError, UnknownNameError
 
-Shapes = Mapping[str, tuple[int, ...]]
-Settings = dict[str, Any]
-
 _OWN_FACTORY = "--model pkg.module:factory or --model file.py:factory"
+_ONE_OF_SEVERAL = (
+    f"Say which in the metadata of a file written by write_checkpoint, or name your own network: {_OWN_FACTORY}"
+)
 _COUNTER = "num_batches_tracked"
 
 
@@ -50,17 +51,21 @@ class _Family:
     """A named network: `network` with the settings that the name means, and `infer`, which reads the others off names and shapes.
 
     `infer` may answer anything plausible, or None; whether the result fits is then checked by building it without memory.
+    `unseen` are settings that shapes do not show: the values that are possible beside the inferred ones. The metadata of a file may choose
+    among these, and among nothing else. One that `infer` leaves out is open: every value of it fits.
     """
 
     network: partial[nn.Module]
     infer: Callable[[Shapes], Settings | None]
+    unseen: Mapping[str, Callable[[Settings], Sequence[Any]]] = field(default_factory=dict)
 
 
 def match_architectures(state: Mapping[str, Tensor]) -> list[Architecture]:
     """Every built-in architecture whose parameters and buffers are those of a state dict, by name and shape.
 
-    What shapes do not show (the activation of an MLP, the pooling or stride of a convolutional network) makes several fit. BatchNorm's
-    `num_batches_tracked`, which files of torch before 0.4.1 lack, may be missing.
+    What shapes do not show (the activation of an MLP, the pooling or stride of a convolutional network, the heads of a transformer) makes
+    several fit; a convolutional network is taken to have ReLU. BatchNorm's `num_batches_tracked`, which files of torch before 0.4.1 lack, may
+    be missing.
 
     Args:
         state: The state dict; common prefixes such as "module." do not matter.
@@ -68,15 +73,7 @@ def match_architectures(state: Mapping[str, Tensor]) -> list[Architecture]:
     Returns:
         All that fit, none twice.
     """
-    shapes = _shapes(state)
-    found: list[Architecture] = []
-    effects: list[Settings] = []
-    for name in _FAMILIES:
-        fit = _fitted(name, shapes)
-        if fit is not None and (effect := _effect(fit.settings)) not in effects:
-            found.append(fit)
-            effects.append(effect)
-    return found
+    return _matching(_shapes(state))
 
 
 def identify(file: CheckpointFile) -> Architecture:
@@ -103,12 +100,13 @@ def identify(file: CheckpointFile) -> Architecture:
             f"known are {listed(_FAMILIES, 99)}; {_nearest(_shapes(file.state))}. Name your own network: {_OWN_FACTORY}"
         )
         raise refused("no built-in architecture fits", file.path, detail)
-    candidates = "; ".join(map(str, found))
-    detail = f"names and shapes leave open which it is: {candidates}. Name one: --model NAME, or your own network: {_OWN_FACTORY}"
+    names = {fit.name for fit in found}
+    remedy = f"Name one: --model NAME, or your own network: {_OWN_FACTORY}" if len(names) > 1 else _ONE_OF_SEVERAL
+    detail = f"names and shapes leave open which it is: {_candidates(found)}. {remedy}"
     raise refused("several architectures fit", file.path, detail)
 
 
-def named_architectures() -> dict[str, Callable[..., nn.Module]]:
+def named_architectures() -> dict[str, partial[nn.Module]]:
     """The built-in networks by the names that `--model` takes; each draws a fresh network from the settings that its name leaves open."""
     return {name: family.network for name, family in _FAMILIES.items()}
 
@@ -125,14 +123,22 @@ def architecture_named(name: str, state: Mapping[str, Tensor]) -> Architecture:
 
     Raises:
         UnknownNameError: There is no such name.
-        CheckpointError: No settings make it fit.
+        CheckpointError: No settings make it fit, or several do and nothing decides between them.
     """
     if name not in _FAMILIES:
         raise UnknownNameError("model", name, _FAMILIES)
     shapes = _shapes(state)
-    if (fit := _fitted(name, shapes)) is not None:
-        return fit
-    fitting = listed(found.name for found in match_architectures(state)) or "none"
+    return _single(name, shapes, _fitting(name, shapes, {}))
+
+
+def _single(name: str, shapes: Shapes, fits: Sequence[Architecture]) -> Architecture:
+    if len(fits) == 1:
+        return fits[0]
+    if fits:
+        raise CheckpointError(
+            f"{name} fits the state dict with several settings that shapes do not show: {_candidates(fits)}. {_ONE_OF_SEVERAL}"
+        )
+    fitting = listed(dict.fromkeys(found.name for found in _matching(shapes))) or "none"
     raise CheckpointError(
         f"{name} does not fit the state dict ({listed(shapes, 6)}). Built-in architectures that fit: {fitting}."
     )
@@ -144,39 +150,63 @@ def _declared(file: CheckpointFile) -> Architecture:
     if not isinstance(declared, dict) or declared.get("name") not in list(_FAMILIES):
         detail = f"its metadata should name one of {listed(_FAMILIES, 99)} as architecture; found {shown(declared)}. Or use {_OWN_FACTORY}"
         raise refused("unknown architecture", file.path, detail)
-    fit = architecture_named(declared["name"], file.state)
+    name, shapes = declared["name"], _shapes(file.state)
+    fits = _fitting(name, shapes, declared)
+    if not fits and (others := _fitting(name, shapes, {})):
+        raise _contradiction(file, others[0], {key: declared[key] for key in _FAMILIES[name].unseen if key in declared})
+    fit = _single(name, shapes, fits)
     settings = json.loads(json.dumps(dict(fit.settings)))
     other = {key: value for key, value in declared.items() if key != "name" and settings.get(key) != value}
     if other:
-        detail = (
-            f"its tensors are those of {fit}, but its metadata says {shown(other)}; it was not written by one program"
-        )
-        raise refused("contradictory metadata", file.path, detail)
+        raise _contradiction(file, fit, other)
     return fit
+
+
+def _contradiction(file: CheckpointFile, fit: Architecture, declared: Settings) -> CheckpointError:
+    detail = (
+        f"its tensors are those of {fit}, but its metadata says {shown(declared)}; it was not written by one program"
+    )
+    return refused("contradictory metadata", file.path, detail)
 
 
 def _shapes(state: Mapping[str, Tensor]) -> Shapes:
     return {name: tuple(state[key].shape) for key, name in strip_prefixes(state, None).items()}
 
 
-def _fitted(name: str, shapes: Shapes) -> Architecture | None:
+def _matching(shapes: Shapes) -> list[Architecture]:
+    found: list[Architecture] = []
+    for name in _FAMILIES:
+        known = [_effect(fit) for fit in found]
+        found += [fit for fit in _fitting(name, shapes, {}) if _effect(fit) not in known]
+    return found
+
+
+def _fitting(name: str, shapes: Shapes, declared: Mapping[str, Any]) -> list[Architecture]:
+    """The networks of a name whose tensors are exactly those; `declared` decides what shapes do not show, as far as it is possible."""
     family = _FAMILIES[name]
     inferred = _inferred(family, shapes)
     fixed = family.network.keywords
     if inferred is None or any(inferred.get(key, value) != value for key, value in fixed.items()):
-        return None
-    settings = inferred | fixed
-    build = partial(family.network.func, **settings)
-    return Architecture(name, settings, build) if _same_tensors(_blueprint(build), shapes) else None
+        return []
+    possible: dict[str, Sequence[Any]] = {}
+    for key, values in family.unseen.items():
+        if key in declared:
+            # JSON's true and 1.0 equal 1, but are no number of heads.
+            possible[key] = [v for v in values(inferred) if v == declared[key] and type(v) is type(declared[key])]
+        elif key not in inferred:
+            possible[key] = values(inferred)
+    fits = (
+        _built(name, inferred | fixed | dict(zip(possible, each, strict=True))) for each in product(*possible.values())
+    )
+    return [fit for fit in fits if _same_tensors(shapes_of(fit.build), shapes)]
+
+
+def _built(name: str, settings: Settings) -> Architecture:
+    return Architecture(name, settings, partial(_FAMILIES[name].network.func, **settings))
 
 
 def _inferred(family: _Family, shapes: Shapes) -> Settings | None:
     return None if any(0 in shape for shape in shapes.values()) else family.infer(shapes)
-
-
-def _blueprint(build: Callable[[], nn.Module]) -> Shapes:
-    with torch.device("meta"):  # shapes without memory
-        return {name: tuple(tensor.shape) for name, tensor in build().state_dict().items()}
 
 
 def _same_tensors(expected: Shapes, found: Shapes) -> bool:
@@ -184,9 +214,20 @@ def _same_tensors(expected: Shapes, found: Shapes) -> bool:
     return not missing and all(expected.get(name) == shape for name, shape in found.items())
 
 
-def _effect(settings: Mapping[str, Any]) -> Settings:
-    """The settings that make a difference: with a single layer, no activation does."""
-    return {key: value for key, value in settings.items() if key != "activation" or len(settings["widths"]) > 2}
+def _effect(fit: Architecture) -> tuple[Any, Settings]:
+    """What makes a difference: with a single layer, no activation does."""
+    network = _FAMILIES[fit.name].network.func
+    layers = len(fit.settings.get("widths", ())) - 1
+    return network, {key: value for key, value in fit.settings.items() if key != "activation" or layers != 1}
+
+
+def _divisors(number: int) -> list[int]:
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return sorted({*small, *(number // divisor for divisor in small)})
+
+
+def _candidates(fits: Sequence[Architecture]) -> str:
+    return "; ".join(map(str, fits))
 
 
 def _nearest(shapes: Shapes) -> str:
@@ -196,7 +237,7 @@ def _nearest(shapes: Shapes) -> str:
         if family.network.func not in (ResNet18, CifarResNet):
             continue
         settings = (_inferred(family, shapes) or {}) | family.network.keywords
-        expected = _blueprint(partial(family.network.func, **settings))
+        expected = shapes_of(partial(family.network.func, **settings))
         alike = sum(expected.get(key) == shape for key, shape in shapes.items())
         share = alike / (len(shapes) + len(expected) - alike)
         if share > most:
@@ -204,111 +245,31 @@ def _nearest(shapes: Shapes) -> str:
     return best
 
 
-# A layer of a plain sequence: "0.weight", "fc1.bias", "layers.2.weight", "linear1.weight"; group 1 is the same for all of them.
-_NUMBERED = re.compile(r"((?:[A-Za-z_]\w*\.)*[A-Za-z_]*)(\d+)\.(weight|bias)")
-
-
-def _sequence(shapes: Shapes) -> list[tuple[str, tuple[int, ...]]] | None:
-    """The layers of a plain sequence in the order of their numbers: name and weight shape of each."""
-    matches = [_NUMBERED.fullmatch(name) for name in shapes]
-    layers: dict[int, str] = {}
-    for match in matches:
-        if match is None or match[1] != matches[0][1] or len(match[2]) > 6:  # type: ignore[index]
-            return None
-        layers[int(match[2])] = match[1] + match[2]
-    # A module cannot have a child that is called like one of its methods.
-    parents = matches[0][1].split(".")[:-1] if matches and matches[0] else []
-    if any(hasattr(nn.Sequential, parent) for parent in parents) or any(
-        f"{name}.weight" not in shapes for name in layers.values()
-    ):
-        return None
-    return [(layers[number], shapes[f"{layers[number]}.weight"]) for number in sorted(layers)]
-
-
-def _chained(weights: list[tuple[int, ...]]) -> bool:
-    return all(before[0] == after[1] for before, after in pairwise(weights))
-
-
-def _infer_mlp(shapes: Shapes) -> Settings | None:
-    layers = _sequence(shapes)
-    weights = [weight for _, weight in layers or []]
-    if not layers or any(len(weight) != 2 for weight in weights) or not _chained(weights):
-        return None
-    settings: Settings = {
-        "widths": [weights[0][1], *(weight[0] for weight in weights)],
-        "bias": len(shapes) > len(layers),
-    }
-    return _with_names(settings, MLP, layers)
-
-
-def _infer_convnet(shapes: Shapes, downsample: str) -> Settings | None:
-    layers = _sequence(shapes)
-    weights = [weight for _, weight in layers or []]
-    convolutions, linears = weights[:-2], weights[-2:]
-    if not layers or not convolutions or [len(weight) for weight in weights] != [4] * len(convolutions) + [2, 2]:
-        return None
-    channels = [weight[0] for weight in convolutions]
-    side = math.isqrt(linears[0][1] // channels[-1]) if channels[-1] else 0
-    if not _chained(convolutions) or not _chained(linears) or side == 0:
-        return None
-    settings: Settings = {
-        "channels": channels,
-        "kernel": convolutions[0][2],
-        "in_channels": convolutions[0][1],
-        "image_size": side * 2 ** len(convolutions),
-        "hidden": linears[0][0],
-        "classes": linears[1][0],
-    }
-    return _with_names(settings, partial(ConvNet, downsample=downsample), layers)
-
-
-def _with_names(
-    settings: Settings, network: Callable[..., nn.Module], layers: list[tuple[str, tuple[int, ...]]]
-) -> Settings:
-    """The settings, and the layers' names unless they are those that the network gives by itself."""
-    names = [name for name, _ in layers]
-    usual = {key.rpartition(".")[0] for key in _blueprint(partial(network, **settings))}
-    return settings if set(names) == usual else settings | {"names": names}
-
-
-def _infer_resnet18(shapes: Shapes) -> Settings | None:
-    stem, linear = shapes.get("conv1.weight", ()), shapes.get("fc.weight", ())
-    kinds = {3: "cifar", 7: "imagenet"}
-    if len(stem) != 4 or len(linear) != 2 or stem[2] not in kinds:
-        return None
-    depth = _blocks(shapes)
-    return {"width": stem[0], "depth": depth, "classes": linear[0], "in_channels": stem[1], "stem": kinds[stem[2]]}
-
-
-def _infer_customary_resnet18(shapes: Shapes) -> Settings | None:
-    settings = _infer_resnet18(shapes)
-    return settings and settings | {"max_pool": settings["stem"] == "imagenet"}
-
-
-def _infer_cifar_resnet(shapes: Shapes) -> Settings | None:
-    linear = shapes.get("linear.weight", ())
-    if len(linear) != 2:
-        return None
-    shortcut = "projection" if any(".shortcut." in name for name in shapes) else "pad"
-    return {"blocks": _blocks(shapes), "shortcut": shortcut, "classes": linear[0]}
-
-
-def _blocks(shapes: Shapes) -> int:
-    """The number of blocks in the first module of a ResNet."""
-    return sum(re.fullmatch(r"layer1\.\d+\.conv1\.weight", name) is not None for name in shapes)
-
-
+_POOLING = {"max_pool": lambda _: (False, True)}
+_SWITCHES = {"layer_norm": lambda _: (False, True)}
+_HEADS = {"heads": lambda settings: _divisors(settings["width"])}
 _FAMILIES: dict[str, _Family] = {
-    **{f"mlp-{activation}": _Family(partial(MLP, activation=activation), _infer_mlp) for activation in ACTIVATIONS},
-    "convnet": _Family(partial(ConvNet, downsample="pool"), partial(_infer_convnet, downsample="pool")),
-    "convnet-strided": _Family(partial(ConvNet, downsample="stride"), partial(_infer_convnet, downsample="stride")),
-    "resnet18": _Family(partial(ResNet18), _infer_customary_resnet18),
-    "resnet18-max-pool": _Family(partial(ResNet18, max_pool=True), _infer_resnet18),
-    "resnet18-no-pool": _Family(partial(ResNet18, max_pool=False), _infer_resnet18),
     **{
-        f"resnet{6 * n + 2}-cifar": _Family(partial(CifarResNet, blocks=n), _infer_cifar_resnet)
+        f"mlp-{activation}": _Family(partial(MLP, activation=activation), inference.mlp_settings, _SWITCHES)
+        for activation in ACTIVATIONS
+    },
+    **{
+        name: _Family(
+            partial(ConvNet, downsample=downsample),
+            partial(inference.convnet_settings, downsample=downsample),
+            {"activation": lambda _: tuple(ACTIVATIONS), **_SWITCHES},
+        )
+        for name, downsample in (("convnet", "pool"), ("convnet-strided", "stride"))
+    },
+    "resnet18": _Family(partial(ResNet18), inference.customary_resnet18_settings, _POOLING),
+    "resnet18-max-pool": _Family(partial(ResNet18, max_pool=True), inference.resnet18_settings),
+    "resnet18-no-pool": _Family(partial(ResNet18, max_pool=False), inference.resnet18_settings),
+    **{
+        f"resnet{6 * n + 2}-cifar": _Family(partial(CifarResNet, blocks=n), inference.cifar_resnet_settings)
         for n in (3, 5, 7, 9, 18)
     },
+    "vit": _Family(partial(ViT), inference.vit_settings, _HEADS),
+    "char-transformer": _Family(partial(CharTransformer), inference.char_transformer_settings, _HEADS),
 }
 
 

@@ -13,12 +13,36 @@ from torch.nn import functional
 
 from plasticity_probe.errors import UsageError
 
+
+class CReLU(nn.Module):
+    """Concatenated ReLU (Shang et al. 2016, definition 2.1): z to [relu(z), relu(-z)], so that one half of every unit stays open.
+
+    The network after it reads twice as many inputs, first all units' positive parts, then all negative ones. Abbas et al. 2023 use it
+    against the loss of plasticity.
+    """
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(N, C, ...) to (N, 2C, ...)."""
+        return functional.relu(torch.cat([z, -z], 1))
+
+
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
     "leaky_relu": nn.LeakyReLU,
     "tanh": nn.Tanh,
     "identity": nn.Identity,
+    "crelu": CReLU,
 }
+"""The activation functions of `MLP` and `ConvNet`, by the names that settings use."""
+
+
+def features_per_unit(activation: str) -> int:
+    """How many features each unit hands on behind an activation function: two behind CReLU, one behind any other.
+
+    Args:
+        activation: A name of `ACTIVATIONS`.
+    """
+    return 2 if activation == "crelu" else 1
 
 
 class MLP(nn.Sequential):
@@ -27,35 +51,48 @@ class MLP(nn.Sequential):
     Initialised by PyTorch's default for linear layers: uniform on ±1/√fan_in for weights and biases (LeCun et al. 1998, as in torch).
 
     Args:
-        widths: Inputs, hidden widths and outputs; at least two numbers.
-        activation: "relu", "leaky_relu" (slope 0.01), "tanh" or "identity", after every layer but the last.
-        bias: Whether the layers have biases.
+        widths: Inputs, hidden widths (units, before CReLU doubles them) and outputs; at least two numbers.
+        activation: "relu", "leaky_relu" (slope 0.01), "tanh", "identity" or "crelu" (see `CReLU`), after every layer but the last.
+        bias: Whether the linear layers have biases.
         names: The names of the linear layers in the state dict, all of them below the same module; by default layers.0, layers.2, ...
+        layer_norm: Whether an `nn.LayerNorm`, named "layers.0_norm" after its linear layer, normalises the pre-activations of every hidden
+            layer, over its units. Lyle et al. 2023 name layer norm, not its place; before the activation is our choice, because there it
+            also works against units that are dead on every example.
 
     Raises:
         UsageError: Too few widths, an unknown activation, or as many names as there are layers are not given.
     """
 
     def __init__(
-        self, widths: Sequence[int], activation: str = "relu", bias: bool = True, names: Sequence[str] | None = None
+        self,
+        widths: Sequence[int],
+        activation: str = "relu",
+        bias: bool = True,
+        names: Sequence[str] | None = None,
+        layer_norm: bool = False,
     ) -> None:
         if len(widths) < 2 or activation not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
             raise UsageError(
                 f"an MLP needs at least two widths and an activation out of {known}; got {list(widths)}, {activation!r}"
             )
-        linears = [nn.Linear(inputs, outputs, bias=bias) for inputs, outputs in pairwise(widths)]
+        copies = features_per_unit(activation)
+        linears = [
+            nn.Linear(copies * inputs if index else inputs, outputs, bias=bias)
+            for index, (inputs, outputs) in enumerate(pairwise(widths))
+        ]
         names = names or [f"layers.{2 * index}" for index in range(len(linears))]
-        super().__init__(_placed(names, linears, ACTIVATIONS[activation], first=[nn.Flatten()]))
+        super().__init__(_placed(names, linears, activation, layer_norm, first=[nn.Flatten()]))
 
 
 class ConvNet(nn.Sequential):
-    """A small convolutional network: convolutions that halve the image each, one hidden linear layer, one output layer, ReLU between.
+    """A small convolutional network: convolutions that halve the image each, one hidden linear layer, one output layer.
 
-    Initialised by PyTorch's default for each layer (uniform on ±1/√fan_in).
+    Initialised by PyTorch's default for each layer (uniform on ±1/√fan_in). The network of Kumar et al. 2023 has two 5x5 convolutions of
+    16 channels and 100 hidden units: ConvNet(channels=(16, 16), kernel=5, hidden=100).
 
     Args:
-        channels: Output channels of each convolution.
+        channels: Output channels of each convolution, before CReLU doubles them.
         kernel: Side of the square kernels.
         in_channels: Channels of the images.
         image_size: Side of the square images, a multiple of 2 ** len(channels), so that the weights' shapes tell it back.
@@ -63,9 +100,13 @@ class ConvNet(nn.Sequential):
         classes: Outputs.
         downsample: "pool" (stride 1, padding kernel // 2, then 2x2 max pooling) or "stride" (stride 2, padding (kernel - 1) // 2).
         names: The names of the convolutions and linear layers in the state dict, all below the same module; by default layers.0, ...
+        activation: As in `MLP`, after every layer but the last.
+        layer_norm: Whether pre-activations are normalised: those of a convolution by `nn.GroupNorm(1, channels)`, over channels and positions of
+            an example with one scale per channel, those of the hidden linear layer by `nn.LayerNorm`. Names and place as in `MLP`.
+            That one group is layer norm for images is Wu and He 2018, section 3; using it here is our choice.
 
     Raises:
-        UsageError: An image that cannot be halved that often, or an unknown `downsample`.
+        UsageError: An image that cannot be halved that often, or an unknown `downsample` or activation.
     """
 
     def __init__(
@@ -78,6 +119,8 @@ class ConvNet(nn.Sequential):
         classes: int = 10,
         downsample: str = "pool",
         names: Sequence[str] | None = None,
+        activation: str = "relu",
+        layer_norm: bool = False,
     ) -> None:
         side, rest = divmod(image_size, 2 ** len(channels))
         if rest or side == 0 or not channels or downsample not in ("pool", "stride"):
@@ -85,26 +128,30 @@ class ConvNet(nn.Sequential):
             raise UsageError(
                 f"a ConvNet needs {expected}; got side {image_size}, {len(channels)} convolutions and {downsample!r}"
             )
+        if activation not in ACTIVATIONS:
+            raise UsageError(f"a ConvNet needs an activation out of {', '.join(ACTIVATIONS)}; got {activation!r}")
+        copies = features_per_unit(activation)
         stride, padding = (1, kernel // 2) if downsample == "pool" else (2, (kernel - 1) // 2)
         layers: list[nn.Module] = [
-            nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=padding)
-            for inputs, outputs in pairwise((in_channels, *channels))
+            nn.Conv2d(copies * inputs if index else inputs, outputs, kernel, stride=stride, padding=padding)
+            for index, (inputs, outputs) in enumerate(pairwise((in_channels, *channels)))
         ]
-        layers += [nn.Linear(channels[-1] * side**2, hidden), nn.Linear(hidden, classes)]
+        layers += [nn.Linear(copies * channels[-1] * side**2, hidden), nn.Linear(copies * hidden, classes)]
         step = 3 if downsample == "pool" else 2
         starts = [step * index for index in range(len(channels))]
         names = names or [f"layers.{index}" for index in (*starts, step * len(channels) + 1, step * len(channels) + 3)]
-        super().__init__(_placed(names, layers, nn.ReLU, pool=downsample == "pool"))
+        super().__init__(_placed(names, layers, activation, layer_norm, pool=downsample == "pool"))
 
 
 def _placed(
     names: Sequence[str],
     layers: Sequence[nn.Module],
-    activation: type[nn.Module],
+    activation: str,
+    layer_norm: bool,
     first: Iterable[nn.Module] = (),
     pool: bool = False,
 ) -> OrderedDict[str, nn.Module]:
-    """The layers under their names, with what has no parameters between them under names of its own."""
+    """The layers under their names, with what lies between them under names of its own."""
     if len(names) != len(layers):
         raise UsageError(f"{len(layers)} layers need as many names; got {len(names)}")
     *parents, _ = names[0].split(".")
@@ -115,12 +162,21 @@ def _placed(
             inner["flatten"] = nn.Flatten()
         inner[leaf] = layer
         if index < len(layers) - 1:
-            inner[f"{leaf}_activation"] = activation()
+            if layer_norm:
+                inner[f"{leaf}_norm"] = _layer_norm(layer)
+            inner[f"{leaf}_activation"] = ACTIVATIONS[activation]()
         if pool and isinstance(layer, nn.Conv2d):
             inner[f"{leaf}_pool"] = nn.MaxPool2d(2)
     for parent in reversed(parents):
         inner = OrderedDict({parent: nn.Sequential(inner)})
     return inner
+
+
+def _layer_norm(layer: nn.Module) -> nn.Module:
+    if isinstance(layer, nn.Conv2d):
+        return nn.GroupNorm(1, layer.out_channels)
+    assert isinstance(layer, nn.Linear)
+    return nn.LayerNorm(layer.out_features)
 
 
 class _BasicBlock(nn.Module):

@@ -54,6 +54,24 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], boo
     return state, _object(header[OWN_KEY], path), True
 
 
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """The metadata of a safetensors file, from its header alone: no tensor is read, so the checksum is not verified either.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The JSON object of the package's own format; the header's texts of another safetensors file.
+
+    Raises:
+        CheckpointError: The file is no safetensors file or damaged, or claims to be ours and its metadata is not what we write.
+    """
+    path = Path(path)
+    with parsing(path), safe_open(path, framework="pt", device="cpu") as file:
+        header = dict(file.metadata() or {})
+    return _object(header[OWN_KEY], path) if OWN_KEY in header else header
+
+
 def write_checkpoint(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Writes a checkpoint of the package's own format, whole or not at all.
 

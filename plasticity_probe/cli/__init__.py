@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from plasticity_probe.cli import analyze, demo, listing, show
+from plasticity_probe.cli import analyze, demo, listing, show, train
 
 app = typer.Typer(
     name="probe",
@@ -15,6 +15,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("analyze")(analyze.analyze)
+app.command("train")(train.train)
 app.command("show")(show.show)
 app.command("list")(listing.list_names)
 app.command("demo")(demo.demo)

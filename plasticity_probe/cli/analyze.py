@@ -21,11 +21,15 @@ def analyze(
         list[Path], typer.Argument(help="Checkpoint files and folders, measured in order.", show_default=False)
     ],
     data: Annotated[
-        str,
+        str | None,
         Option(
-            help="digits, mnist, fashion_mnist, kmnist, cifar10, cifar100, a .npz file, an image folder, pkg.module:factory or file.py:factory."
+            help="digits, mnist, fashion_mnist, kmnist, cifar10, cifar100, a .npz file, an image folder, pkg.module:factory or file.py:factory. "
+            "Default: the tasks of a training run, else digits."
         ),
-    ] = "digits",
+    ] = None,
+    on: Annotated[
+        str, Option(help="For a training run, the task each checkpoint is measured on: current, next or noise.")
+    ] = "current",
     model: Annotated[
         str | None,
         Option(
@@ -35,7 +39,12 @@ def analyze(
     trace: Annotated[
         Path | None, Option(help="Store every number in this HDF5 file; a second run goes on where the first stopped.")
     ] = None,
-    probes: Annotated[str | None, Option(help="Comma-separated names (probe list probes). Default: all.")] = None,
+    probes: Annotated[
+        str | None,
+        Option(
+            help="Comma-separated names (probe list probes). Default: all that are not marked there as only by name."
+        ),
+    ] = None,
     split: Annotated[str | None, Option(help="Split of the data set. Default: train.")] = None,
     mean: Annotated[str, Option(help="Mean to subtract, one number or one per channel.", metavar="NUMBERS")] = "",
     std: Annotated[str, Option(help="Standard deviation to divide by.", metavar="NUMBERS")] = "",
@@ -93,6 +102,8 @@ def analyze(
 
         probe analyze runs/mlp/*.pt --data mnist --trace mlp.h5
 
+        probe analyze runs/random-labels --on next --trace next.h5
+
     Exit codes: 0 ok, 2 usage, 3 done but some probe not ok, 4 input refused, 5 storage, 6 over the memory budget, 130 interrupted (resumable).
     """
     import torch
@@ -101,11 +112,12 @@ def analyze(
     from plasticity_probe.checkpoints.formats import read_checkpoint
     from plasticity_probe.planning import plan as planned
     from plasticity_probe.references import resolve
-    from plasticity_probe.study import study
+    from plasticity_probe.study import is_run, study
 
     wanted = study(
         checkpoints,
-        data,
+        data or (None if is_run(checkpoints) else "digits"),
+        on=on,
         architecture=model,
         probes=_names(probes),
         fresh=fresh,

@@ -1,4 +1,4 @@
-"""`probe list`: the names of probes, models and data sets, this package's and everybody else's."""
+"""`probe list`: the names of probes, models, data sets, protocols and remedies, this package's and everybody else's."""
 
 from typing import Annotated, Any
 
@@ -6,16 +6,17 @@ import typer
 
 from plasticity_probe.cli.terminal import console, plain, reported
 
-KINDS = ("probes", "models", "data")
+KINDS = ("probes", "models", "data", "protocols", "remedies")
 
 
 @reported
 def list_names(
     kind: Annotated[
-        str | None, typer.Argument(help="probes, models or data; all by default.", show_default=False)
+        str | None,
+        typer.Argument(help="probes, models, data, protocols or remedies; all by default.", show_default=False),
     ] = None,
 ) -> None:
-    """List the names that --probes, --model and --data know."""
+    """List the names that --probes, --model, --data, `probe train` and --remedy know."""
     from plasticity_probe.errors import UnknownNameError
 
     if kind is not None and kind not in KINDS:
@@ -37,7 +38,8 @@ def list_names(
 def _probes() -> list[tuple[str, str]]:
     from plasticity_probe import registry
 
-    return [(name, kind.title) for name, kind in sorted(registry.load_all(registry.PROBES).items())]
+    found = sorted(registry.load_all(registry.PROBES).items())
+    return [(name, kind.title if kind.default else f"{kind.title} (only with --probes {name})") for name, kind in found]
 
 
 def _models() -> list[tuple[str, str]]:
@@ -59,6 +61,25 @@ def _data() -> list[tuple[str, str]]:
     return own + [(name, f"from {entry.value}") for name, entry in sorted(registry.registered(registry.DATA).items())]
 
 
+def _protocols() -> list[tuple[str, str]]:
+    from plasticity_probe.cli.train import protocol_rows
+    from plasticity_probe.training.protocols import PROTOCOLS
+
+    return protocol_rows(PROTOCOLS)
+
+
+def _remedies() -> list[tuple[str, str]]:
+    from dataclasses import fields
+
+    from plasticity_probe.training.remedies import REMEDIES
+
+    rows: list[tuple[str, str]] = []
+    for name, kind in sorted(REMEDIES.items()):
+        settings = ", ".join(f"{entry.name} = {entry.default}" for entry in fields(kind))  # type: ignore[arg-type]
+        rows.append((name, f"{kind.title} ({kind.source})" + (f"; {settings}" if settings else "")))
+    return rows
+
+
 def _network(build: Any) -> str:
     """What a name stands for: the network's own description, and the settings that the name fixes."""
     text = (build.func.__doc__ or "").strip().split("\n")[0].rstrip(".")
@@ -66,4 +87,4 @@ def _network(build: Any) -> str:
     return f"{text} ({fixed})" if fixed else text
 
 
-_NAMES = {"probes": _probes, "models": _models, "data": _data}
+_NAMES = {"probes": _probes, "models": _models, "data": _data, "protocols": _protocols, "remedies": _remedies}

@@ -7,8 +7,8 @@ the top layer counts as a layer of kind "recurrent", attention is one affine ope
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -118,6 +118,31 @@ def survey(subject: Subject, everything: bool = False) -> Structure:
     chunks = subject.chunks() if everything else [next(iter(subject.chunks(min(SURVEYED, subject.chunk))))]
     _run(subject, watch, chunks)
     return structure_of(watch.forwards, read)
+
+
+@contextmanager
+def recorded_inputs(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """Records what some modules read while the model runs forward; it works under `torch.func.vmap` too.
+
+    Args:
+        model: The model; the hooks are gone afterwards.
+        names: Paths of modules with one tensor argument.
+
+    Yields:
+        Filled with each module's input, by its path, when it runs; of several calls the last one.
+    """
+    found: dict[str, Tensor] = {}
+
+    def recording(name: str) -> Callable[..., None]:
+        def record(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            found[name] = args[0]
+
+        return record
+
+    with ExitStack() as stack:
+        for name in names:
+            stack.callback(model.get_submodule(name).register_forward_pre_hook(recording(name)).remove)
+        yield found
 
 
 def _gather(subject: Subject, structure: Structure, gathered: Sequence[tuple[Layer, Accumulator]]) -> bool:

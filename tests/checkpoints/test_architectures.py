@@ -17,6 +17,7 @@ from plasticity_probe.checkpoints.architectures import (
 )
 from plasticity_probe.checkpoints.formats import read_checkpoint, write_checkpoint
 from plasticity_probe.checkpoints.networks import MLP, CifarResNet, ConvNet, ResNet18
+from plasticity_probe.checkpoints.transformers import CharTransformer, ViT
 from plasticity_probe.errors import CheckpointError, UnknownNameError, UsageError
 
 SHARED = os.environ.get("PLASTICITY_PROBE_SHARED")
@@ -60,6 +61,17 @@ FITS = [
     (lambda: nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 2, bias=False)), []),
     (lambda: nn.Sequential(nn.Conv2d(3, 4, (3, 5)), nn.Flatten(), nn.Linear(64, 5), nn.Linear(5, 2)), []),
     (lambda: nn.LSTM(3, 4), []),
+    (lambda: MLP([4, 3, 2], layer_norm=True), MLPS),
+    (lambda: MLP([4, 3, 5, 2], "crelu"), ["mlp-crelu"]),
+    (lambda: MLP([4, 3, 5, 2], "crelu", bias=False, layer_norm=True), ["mlp-crelu"]),
+    (lambda: nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(10, 2)), ["mlp-crelu"]),
+    (lambda: nn.Sequential(nn.Linear(6, 5), nn.Linear(10, 3), nn.Linear(3, 2)), []),
+    (lambda: ConvNet(activation="crelu"), ["convnet", "convnet-strided"]),
+    (lambda: ConvNet(layer_norm=True), ["convnet", "convnet-strided"]),
+    (lambda: ConvNet((4,), 3, 1, 8, 5, 3, "stride", activation="crelu", layer_norm=True), ["convnet", "convnet-strided"]),
+    (lambda: ViT(2, 4, 1, 2, 8, 1, 3), ["vit"] * 3),
+    (lambda: ViT(2, 1, 1, 1, 8, 1, 3), ["vit"]),
+    (lambda: CharTransformer(7, 5, 6, 2, 3), ["char-transformer"] * 4),
 ]  # fmt: skip
 
 
@@ -147,6 +159,12 @@ def test_identify_no_fit_names_the_nearest_and_the_remedy(tmp_path):
         ({"name": "convnet-strided", "image_size": 28}, lambda: ConvNet((4, 6), 3, 1, 28, 8, 10, "stride")),
         ({"name": "convnet"}, lambda: ConvNet((4, 6), 3, 1, 28, 8, 10)),
         ({"name": "resnet18-max-pool", "width": 4}, lambda: ResNet18(4, 1, max_pool=True)),
+        ({"name": "resnet18", "max_pool": True}, lambda: ResNet18(4, 1, max_pool=True)),
+        ({"name": "convnet", "activation": "tanh"}, lambda: ConvNet((4, 6), 3, 1, 28, 8, 10, activation="tanh")),
+        ({"name": "mlp-relu", "layer_norm": True}, lambda: MLP([4, 3, 2], layer_norm=True)),
+        ({"name": "mlp-relu", "layer_norm": False}, lambda: MLP([4, 3, 2])),
+        ({"name": "vit", "heads": 4}, lambda: ViT(2, 8, 1, 4, 8, 1, 3)),
+        ({"name": "char-transformer", "heads": 3, "width": 6}, lambda: CharTransformer(7, 5, 6, 2, 3)),
     ],
 )
 def test_own_metadata_decides_between_what_fits(tmp_path, declared, build):
@@ -175,6 +193,112 @@ def test_own_metadata_cannot_ask_for_another_network(tmp_path, declared, message
     write_checkpoint(tmp_path / "net.safetensors", MLP([4, 3, 2]).state_dict(), {"architecture": declared})
     with pytest.raises(CheckpointError, match=message):
         identify(read_checkpoint(tmp_path / "net.safetensors"))
+
+
+SETTINGS = {
+    "mlp": {"widths": [6, 5, 4, 3], "bias": False, "layer_norm": True},
+    "convnet": {
+        "channels": [3, 4],
+        "kernel": 5,
+        "in_channels": 2,
+        "image_size": 8,
+        "hidden": 5,
+        "classes": 3,
+        "layer_norm": True,
+    },
+    "resnet18": {"width": 2, "depth": 1, "classes": 3, "in_channels": 1, "stem": "imagenet"},
+    "vit": {"patch": 2, "width": 12, "depth": 2, "heads": 6, "image_size": 8, "in_channels": 2, "classes": 3},
+    "char": {"vocabulary": 7, "context": 5, "width": 12, "depth": 2, "heads": 4},
+}
+CHOICES = [
+    *((name, SETTINGS["mlp"]) for name in [*MLPS, "mlp-crelu"]),
+    ("mlp-tanh", {"widths": [6, 3], "layer_norm": True}),
+    *(
+        (name, SETTINGS["convnet"] | {"activation": activation, "layer_norm": layer_norm})
+        for name in ("convnet", "convnet-strided")
+        for activation in ("relu", "leaky_relu", "tanh", "identity", "crelu")
+        for layer_norm in (False, True)
+    ),
+    *((name, SETTINGS["resnet18"]) for name in ("resnet18", "resnet18-max-pool", "resnet18-no-pool")),
+    ("resnet18", SETTINGS["resnet18"] | {"max_pool": False}),
+    ("resnet20-cifar", {"shortcut": "projection", "classes": 3}),
+    *(("vit", SETTINGS["vit"] | {"heads": heads}) for heads in (1, 6, 12)),
+    *(("char-transformer", SETTINGS["char"] | {"heads": heads}) for heads in (1, 4, 12)),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), CHOICES)
+def test_a_written_network_comes_back_as_the_same_function(tmp_path, name, settings):
+    torch.manual_seed(0)
+    model = named_architectures()[name](**settings)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)  # so that heads and activations matter
+    architecture = {"name": name, **settings}
+    write_checkpoint(tmp_path / "net.safetensors", model.state_dict(), {"architecture": architecture})
+    file = read_checkpoint(tmp_path / "net.safetensors")
+    loaded = load_network(file.state, identify(file).build()).model
+    x = {
+        "mlp": torch.randn(2, 6),
+        "convnet": torch.randn(2, 2, 8, 8),
+        "resnet18": torch.randn(2, 1, 32, 32),
+        "resnet20": torch.randn(2, 3, 32, 32),
+        "vit": torch.randn(2, 2, 8, 8),
+        "char": torch.randint(7, (2, 5)),
+    }[name.partition("-")[0]]
+    assert torch.equal(loaded.eval()(x), model.eval()(x))
+    assert repr(loaded) == repr(model)
+
+
+@pytest.mark.parametrize(
+    ("declared", "build"),
+    [
+        ({"name": "vit", "heads": 3}, lambda: ViT(2, 8, 1, 4, 8, 1, 3)),
+        ({"name": "vit", "heads": True}, lambda: ViT(2, 8, 1, 1, 8, 1, 3)),
+        ({"name": "vit", "heads": 4.0}, lambda: ViT(2, 8, 1, 4, 8, 1, 3)),
+        ({"name": "vit", "heads": 0}, lambda: ViT(2, 8, 1, 4, 8, 1, 3)),
+        ({"name": "vit", "heads": [4]}, lambda: ViT(2, 8, 1, 4, 8, 1, 3)),
+        ({"name": "vit", "heads": 4, "depth": 10**9}, lambda: ViT(2, 8, 1, 4, 8, 1, 3)),
+        ({"name": "convnet", "activation": "crelu"}, lambda: ConvNet((4,), 3, 1, 8, 5, 3)),
+        ({"name": "convnet", "activation": "relu"}, lambda: ConvNet((4,), 3, 1, 8, 5, 3, activation="crelu")),
+        ({"name": "convnet", "activation": "os.system"}, lambda: ConvNet((4,), 3, 1, 8, 5, 3)),
+        ({"name": "convnet", "layer_norm": True}, lambda: ConvNet((4,), 3, 1, 8, 5, 3)),
+        ({"name": "mlp-relu", "layer_norm": False}, lambda: MLP([4, 3, 2], layer_norm=True)),
+        ({"name": "resnet18-no-pool", "max_pool": True}, lambda: ResNet18(4, 1)),
+    ],
+)
+def test_what_the_tensors_contradict_is_refused(tmp_path, declared, build):
+    write_checkpoint(tmp_path / "net.safetensors", build().state_dict(), {"architecture": declared})
+    with pytest.raises(CheckpointError, match="contradictory metadata"):
+        identify(read_checkpoint(tmp_path / "net.safetensors"))
+
+
+def test_heads_that_nothing_tells_are_listed_and_not_guessed(tmp_path):
+    state = ViT(2, 8, 1, 4, 8, 1, 3).state_dict()
+    message = r"several architectures fit.*heads=1\).*heads=2\).*heads=4\).*heads=8\)\. Say which in the metadata"
+    with pytest.raises(CheckpointError, match=message):
+        identify(foreign(tmp_path, state))
+    with pytest.raises(CheckpointError, match=r"vit fits the state dict with several settings.*heads=8\)"):
+        architecture_named("vit", state)
+    write_checkpoint(tmp_path / "net.safetensors", state, {"architecture": {"name": "vit"}})
+    with pytest.raises(CheckpointError, match="vit fits the state dict with several settings"):
+        identify(read_checkpoint(tmp_path / "net.safetensors"))
+
+
+def test_a_convnet_of_crelu_is_not_taken_for_one_of_relu():
+    state = ConvNet((4, 6), 3, 1, 8, 5, 3, activation="crelu").state_dict()
+    assert architecture_named("convnet", state).settings["activation"] == "crelu"
+    assert architecture_named("convnet", ConvNet().state_dict()).settings["activation"] == "relu"
+    with pytest.raises(CheckpointError, match="mlp-relu does not fit"):
+        architecture_named("mlp-relu", MLP([4, 3, 2], "crelu").state_dict())
+
+
+def test_transformers_without_their_blocks_or_positions_fit_nothing():
+    for network in (ViT(2, 8, 1, 4, 8, 1, 3), CharTransformer(7, 5, 6, 2, 3)):
+        state = network.state_dict()
+        assert match_architectures({name: t for name, t in state.items() if not name.startswith("blocks")}) == []
+        assert match_architectures({name: t for name, t in state.items() if not name.startswith("positions")}) == []
+        odd = {**state, "positions.weight": torch.ones(3, 5)}
+        assert match_architectures(odd) == []
 
 
 def test_own_metadata_in_a_foreign_file_decides_nothing(tmp_path):

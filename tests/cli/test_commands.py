@@ -41,6 +41,12 @@ def test_list_names_probes_models_and_data(cli) -> None:
     assert cli("list", "probe").code == 2
 
 
+def test_list_marks_the_probes_that_run_only_when_named(cli) -> None:
+    lines = cli("list", "probes").out.splitlines()
+    marked = [line.split()[0] for line in lines if "(only with --probes" in line]
+    assert marked == ["trainability"]
+
+
 def test_show_prints_a_table_csv_and_json(cli, checkpoint, data, tmp_path) -> None:
     trace = tmp_path / "t.h5"
     cli("analyze", checkpoint, "--data", data, "--probes", "performance", "--trace", trace, "--no-figures")

@@ -1,72 +1,108 @@
-import numpy as np
+from dataclasses import dataclass
+from typing import ClassVar, final
+
 import pytest
 import torch
+from numbered_examples import numbered
 
-from plasticity_probe.data.dataset import Split
 from plasticity_probe.errors import DataError, UsageError
-from plasticity_probe.training.tasks import reshuffled_labels
+from plasticity_probe.training.tasks import Mixture, Source, Stream, Task, check_labels
 
 
-def split_of(count: int, classes: int = 10) -> Split:
-    pixels = np.random.default_rng(0).integers(0, 256, (count, 1, 2, 2)).astype(np.uint8)
-    return Split(pixels, np.arange(count) % classes)
+@final
+@dataclass(frozen=True)
+class Same(Stream):
+    name: ClassVar[str] = "same"
+    source: ClassVar[str] = "none"
+
+    tasks: int
+
+    def task(self, source: Source | None, index: int, seed: int) -> Task:
+        assert source is not None
+        return Task(index, source.inputs, source.targets, "same")
 
 
-def test_all_tasks_have_the_same_inputs_and_labels_of_their_own() -> None:
-    split = split_of(200)
-    first, second, third = reshuffled_labels(split, tasks=3, examples=50, seed=1)
-    torch.testing.assert_close(first.inputs, split.subset(50, 1).tensors()[0])
-    assert first.inputs is second.inputs is third.inputs
-    assert [task.index for task in (first, second, third)] == [0, 1, 2]
-    assert len({task.name for task in (first, second, third)}) == 3
-    assert not torch.equal(first.targets, second.targets)
-    assert not torch.equal(second.targets, third.targets)
+def source_of(targets: torch.Tensor, classes: int) -> Source:
+    return Source(torch.zeros(len(targets), 2), targets, None, None, classes, "made by hand")
 
 
-def test_labels_are_uniform_and_know_nothing_of_the_true_ones_or_of_each_other() -> None:
-    count, classes = 20_000, 10
-    one, two = reshuffled_labels(split := split_of(count), tasks=2, examples=count, seed=0)
-    standard_error = (count * 0.1 * 0.9) ** 0.5
-    for task in (one, two):
-        assert (task.targets.bincount(minlength=classes) - count / classes).abs().max() < 4 * standard_error
-    for other in (torch.from_numpy(split.targets), two.targets):
-        assert abs(int((one.targets == other).sum()) - count / classes) < 4 * standard_error
+def test_a_task_is_its_examples_and_by_default_nothing_else() -> None:
+    task = Task(3, inputs := torch.rand(2, 4), targets := torch.tensor([0, 1]), "two examples")
+    assert task.inputs is inputs
+    assert task.targets is targets
+    assert (task.index, task.name, task.arrivals, task.ordered) == (3, "two examples", (), False)
+    assert task.test_inputs is task.test_targets is task.mixture is None
 
 
-def test_labels_are_drawn_not_permuted() -> None:
-    one, two = reshuffled_labels(split_of(600), tasks=2, examples=600, seed=0)
-    assert not torch.equal(one.targets.bincount(), two.targets.bincount())
+@pytest.mark.parametrize(("inputs", "targets"), [(0, 0), (3, 2), (2, 3), (1, 0)])
+def test_a_task_without_examples_or_without_a_target_for_each_is_refused(inputs: int, targets: int) -> None:
+    with pytest.raises(DataError, match=rf"task 7 \(broken\).*\({inputs}, 4\).*\({targets},\)"):
+        Task(7, torch.zeros(inputs, 4), torch.zeros(targets), "broken")
 
 
-def test_a_stream_depends_on_its_seed_alone_and_a_longer_one_begins_with_the_shorter() -> None:
-    torch.manual_seed(3)
-    np.random.seed(3)
-    short = [task.targets for task in reshuffled_labels(split_of(40), 2, 30, seed=5)]
-    long = [task.targets for task in reshuffled_labels(split_of(40), 4, 30, seed=5)]
-    other = next(iter(reshuffled_labels(split_of(40), 1, 30, seed=6)))
-    assert all(torch.equal(a, b) for a, b in zip(short, long, strict=False))
-    assert not torch.equal(short[0], other.targets)
-    assert torch.equal(torch.rand(2), torch.rand(2, generator=torch.Generator().manual_seed(3)))
+@pytest.mark.parametrize("arrivals", [(1, 1), (2, 2), (4,)])
+def test_parts_that_do_not_make_up_the_task_are_refused(arrivals: tuple[int, ...]) -> None:
+    with pytest.raises(DataError, match=f"hold {sum(arrivals)} of its 3 examples"):
+        Task(0, torch.zeros(3, 1), torch.zeros(3), "parts", arrivals=arrivals)
 
 
-def test_labels_are_the_promised_stream() -> None:
-    raw = np.random.PCG64(np.random.SeedSequence(7, spawn_key=(2,))).random_raw(12)
-    *_, last = reshuffled_labels(split_of(12, classes=3), 3, 12, seed=7)
-    assert last.targets.tolist() == [int(value) % 3 for value in raw]
+def test_parts_that_make_up_the_task_are_kept() -> None:
+    assert Task(0, torch.zeros(3, 1), torch.zeros(3), "parts", arrivals=(1, 2)).arrivals == (1, 2)
 
 
-def test_inputs_are_normalised_as_asked() -> None:
-    (task,) = reshuffled_labels(split_of(20), 1, 20, seed=0, mean=(0.5,), std=(0.25,))
-    torch.testing.assert_close(task.inputs, (split_of(20).tensors()[0] - 0.5) / 0.25)
+def test_a_mixture_begins_in_the_first_part_and_follows_the_published_formula() -> None:
+    mixture = Mixture(first=10, gamma=0.5)
+    assert mixture.probability(0, 100) == 0
+    assert mixture.probability(2, 100) == pytest.approx(0.5)
+    assert mixture.probability(4, 100) == pytest.approx(0.75)
+    assert mixture.probability(100, 100) == pytest.approx(1 - 2**-50, abs=1e-15)
 
 
-@pytest.mark.parametrize(("tasks", "examples", "seed"), [(0, 5, 0), (1, 0, 0), (1, 5, -1)])
-def test_numbers_that_cannot_be_are_refused_at_once(tasks: int, examples: int, seed: int) -> None:
-    with pytest.raises(UsageError):
-        reshuffled_labels(split_of(20), tasks, examples, seed)
+def test_a_mixture_depends_on_the_share_of_the_updates_and_a_smaller_gamma_is_earlier() -> None:
+    assert Mixture(1, 0.3).probability(3, 30) == pytest.approx(Mixture(1, 0.3).probability(100, 1000))
+    early, late = ([Mixture(1, gamma).probability(n, 200) for n in range(1, 40)] for gamma in (0.1, 0.9))
+    assert all(one > other for one, other in zip(early, late, strict=True))
+    assert early == sorted(early)
 
 
-@pytest.mark.parametrize("targets", [np.ones(4, np.float32), np.zeros(4, np.int64)])
-def test_targets_without_classes_are_refused(targets: np.ndarray) -> None:
-    with pytest.raises(DataError, match="at least two classes"):
-        reshuffled_labels(Split(np.zeros((4, 2), np.float32), targets), 1, 4, 0)
+@pytest.mark.parametrize("index", [-1, 3, 4])
+def test_a_finite_stream_refuses_tasks_that_it_does_not_have(index: int) -> None:
+    with pytest.raises(UsageError, match=f"same has tasks 0 to 2; there is no task {index}"):
+        Same(3).check_index(index, endless=False)
+
+
+def test_an_endless_stream_refuses_negative_tasks_alone() -> None:
+    for index in (0, 2, 3, 10**6):
+        Same(3).check_index(index, endless=True)
+    for index in range(3):
+        Same(3).check_index(index, endless=False)
+    with pytest.raises(UsageError, match="no task -1"):
+        Same(3).check_index(-1, endless=True)
+
+
+def test_a_stream_needs_an_output_for_each_class_and_one_for_values() -> None:
+    assert Same(1).outputs(numbered(8, classes=4)) == 4
+    assert Same(1).outputs(source_of(torch.rand(3), 0)) == Same(1).outputs(None) == 1
+
+
+def test_labels_that_are_there_are_handed_on() -> None:
+    assert check_labels(source := numbered(8), "a test") is source
+
+
+@pytest.mark.parametrize(
+    ("targets", "classes"),
+    [
+        (torch.rand(4), 2),
+        (torch.zeros(4, 3, dtype=torch.int64), 2),
+        (torch.zeros(4, dtype=torch.int64), 1),
+        (torch.zeros(4, dtype=torch.int32), 2),
+    ],
+)
+def test_targets_without_classes_are_refused(targets: torch.Tensor, classes: int) -> None:
+    with pytest.raises(DataError, match="a test needs one int64 label per example and at least two classes"):
+        check_labels(source_of(targets, classes), "a test")
+
+
+def test_no_data_at_all_is_refused_with_a_remedy() -> None:
+    with pytest.raises(DataError, match=r"a test needs examples with class labels.*such as digits"):
+        check_labels(None, "a test")
