@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from plasticity_probe.checkpoints.series import standing
 from plasticity_probe.comparison import Table, findings, number, table
 from plasticity_probe.errors import InputError
 from plasticity_probe.measurement import Measurement, Status
@@ -234,13 +235,16 @@ class _Run:
         if self.wanted.size == 1 or isinstance(self.wanted.model, nn.Module):
             raise error
         path = self.wanted.model[index]
-        place = Checkpoint(path.resolve().parent.name, index, -1, str(path), f"unreadable:{path}")
+        run, step, task = standing(path, {}, index)
+        place = Checkpoint(run, step, task, str(path), f"unreadable:{path}")
         for label, probe in self.wanted.probes.items():
             record = Record(label, probe, place, self.wanted.seed, Status.FAILED, str(error), 0.0, -1, None)
             self._keep(record, label)
 
     def _measure_fresh(self, build: Callable[[], nn.Module], replicate: int) -> None:
-        place = Checkpoint("fresh", 0, -1, "", f"fresh:{self.wanted.seed}", "fresh", replicate)
+        # In a run the fresh network is measured on the task of the last checkpoint, which another analysis may not have.
+        own = f":{self.wanted.material.examples.sha256}" if self.wanted.tasks is not None else ""
+        place = Checkpoint("fresh", 0, -1, "", f"fresh:{self.wanted.seed}{own}", "fresh", replicate)
         if all(self._stored(label, place) is not None for label in self.wanted.probes):
             missing: Subject | None = None
         else:

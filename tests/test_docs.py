@@ -9,6 +9,8 @@ import pytest
 from plasticity_probe import registry
 from plasticity_probe.measurement import schema
 from plasticity_probe.registry import PROBES
+from plasticity_probe.training.remedies import REMEDIES
+from plasticity_probe.training.streams import STREAMS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -28,7 +30,7 @@ def test_the_readme_holds_the_two_commands() -> None:
     assert 'pip install -e ".[test]" -c constraints.txt && pytest' in lines
 
 
-@pytest.mark.parametrize("page", ["getting-started.md", "curvature.md", "adding-a-probe.md"])
+@pytest.mark.parametrize("page", ["getting-started.md", "curvature.md", "adding-a-probe.md", "training.md"])
 def test_python_blocks_run_one_after_the_other(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.S)
@@ -61,3 +63,8 @@ def test_every_document_is_reached_from_the_readme_or_the_index() -> None:
     linked = "".join(page.read_text() for page in (ROOT / "README.md", ROOT / "docs" / "index.md"))
     for page in (ROOT / "docs").glob("*.md"):
         assert page.name in linked or page.name == "index.md", page.name
+
+
+def test_the_page_on_training_names_every_stream_and_remedy() -> None:
+    text = (ROOT / "docs" / "training.md").read_text()
+    assert [name for name in (*STREAMS, *REMEDIES) if name not in text] == []

@@ -402,7 +402,7 @@ def test_a_damaged_checkpoint_is_a_status_and_the_others_are_measured(copy: Path
     with pytest.raises(CheckpointError, match="corrupt checkpoint"):
         probe.analyze(broken, probes=LOSS)
     for paths in (foreign, [foreign, broken]):
-        with pytest.raises((DataError, CheckpointError), match="does not say where it stands|corrupt checkpoint"):
+        with pytest.raises((DataError, CheckpointError), match=r"does not say where it stands|corrupt checkpoint"):
             probe.analyze(paths, probes=LOSS)
 
 

@@ -282,29 +282,20 @@ def show_world(world: "FeatureWorld", seeds: range, out: Path | None, as_json: b
         typer.echo(json.dumps(entry))
         return
     known = {(line.start, line.quantity, line.experiment): line for line in published()}
-    table = Table(
-        box=None,
-        pad_edge=False,
-        header_style="bold",
-        title=f"Mean ± standard deviation over {len(seeds)} seeds",
-        title_justify="left",
-    )
-    table.add_column("after experiment", no_wrap=True)
-    for start in STARTS:
-        table.add_column(start, justify="right", no_wrap=True)
-        table.add_column("published", justify="right", no_wrap=True, style="dim")
-    quantity = ""
-    for line in [line for line in found if line.start == STARTS[0]]:
-        if line.quantity != quantity:
-            quantity = line.quantity
-            table.add_row(plain(WORLD_QUANTITIES[quantity], "bold cyan"))
-        cells: list[str] = []
-        for start in STARTS:
-            place = (start, line.quantity, line.experiment)
-            own = next(one for one in found if (one.start, one.quantity, one.experiment) == place)
-            cells += [_spread(own.mean, own.sd), _spread(known[place].mean, known[place].sd) if place in known else "–"]
-        table.add_row(f"  {line.experiment or 'average over all'}", *cells)
+    own = {(line.start, line.quantity, line.experiment): line for line in found}
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("after experiment", "", *STARTS):
+        table.add_column(column, justify="right" if column in STARTS else "left", no_wrap=True)
+    for quantity, words in WORLD_QUANTITIES.items():
+        table.add_row(plain(words, "bold cyan"))
+        for at in dict.fromkeys(line.experiment for line in found if line.quantity == quantity):
+            for label, style, numbers in (("here", "", own), ("published", "dim", known)):
+                lines = [numbers.get((start, quantity, at)) for start in STARTS]
+                if any(lines):
+                    first = "" if numbers is known else f"  {at or 'mean of all'}"
+                    table.add_row(first, label, *(_spread(line.mean, line.sd) if line else "" for line in lines), style=style)
     screen = console()
+    screen.print(f"Mean ± standard deviation over {len(seeds)} seeds")
     screen.print(table)
     screen.print(plain(f"Published: {published()[0].source}."), soft_wrap=True)
     if out is not None:

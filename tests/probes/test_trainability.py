@@ -303,7 +303,7 @@ def test_fresh_networks_start_with_the_batchnorm_statistics_of_the_examples() ->
     found = trainability(nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3)), [(inputs, Y)], targets="data", **QUICK)
     assert float(found.fresh_loss_before) < 3
     unsettled = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3)).eval()
-    assert float(F.cross_entropy(unsettled(inputs), Y)) > 10
+    assert float(F.cross_entropy(unsettled(inputs).detach(), Y)) > 10
 
 
 def test_frozen_parameters_are_not_trained() -> None:
@@ -366,6 +366,19 @@ def test_without_a_known_initialisation_the_network_is_measured_alone() -> None:
     assert not math.isnan(by_task(found, "loss_after")["random_labels"])
     assert found.advantage.isnan().all()
     assert math.isnan(found.relative_advantage)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_weights_that_would_stay_trained_are_no_fresh_network() -> None:
+    model = nn.Sequential(nn.utils.weight_norm(nn.Linear(6, 8)), nn.ReLU(), nn.Linear(8, 3))
+    found = trainability(model, LOADER, **QUICK)
+    assert found.status is Status.OK
+    assert "no comparison with fresh networks: 0.weight_g, 0.weight_v cannot be initialised anew" in found.message
+    assert found.fresh_losses.isnan().all()
+    assert not found.losses[1:].isnan().any()
+    # A network that began with the seed of a fresh one is not taken for such a case.
+    for seed in (0, 1):
+        assert trainability(fresh_network(mlp, seed), LOADER, **QUICK).message == ""
 
 
 def test_divergence_is_a_status_and_never_a_number() -> None:

@@ -125,8 +125,8 @@ def test_a_seed_for_each_network_is_needed() -> None:
 
 
 def test_a_mixture_draws_from_the_whole_set_as_often_as_its_formula_says() -> None:
-    size, first, batch, epochs, gamma = 40, 10, 8, 4, 0.9
-    each, seeds = updates_of(size, batch), 400
+    size, first, batch, epochs, gamma = 4000, 1000, 800, 4, 0.9
+    each, seeds = updates_of(size, batch), 4
     task = counted(size, mixture=Mixture(first, gamma))
     rows = torch.tensor([[order_of(task, s, e, epochs, batch) for e in range(epochs)] for s in range(seeds)])
     drawn = rows.reshape(seeds, epochs * each, batch)
@@ -140,7 +140,7 @@ def test_a_mixture_draws_from_the_whole_set_as_often_as_its_formula_says() -> No
 
 
 def test_a_mixture_is_uniform_over_its_first_part_before_and_over_everything_after_the_transition() -> None:
-    size, first, seeds = 30, 6, 300
+    size, first, seeds = 30, 6, 100
     gamma = 1e-300  # p(0) = 0 and p(n) = 1 for every n >= 1 in float32
     task = counted(size, mixture=Mixture(first, gamma))
     rows = torch.tensor([order_of(task, seed, 0, 1, 15) for seed in range(seeds)])

@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).with_name("kill_and_resume.py")
 
 def start(folder: Path, save_every: float) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-W", "error", str(SCRIPT), str(folder), str(save_every)]
-    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -29,7 +29,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def killed_and_resumed(tmp_path: Path, kills: int, save_every: float) -> None:
     whole = start(tmp_path / "whole", save_every)
     begun = time.monotonic()
-    assert whole.wait(timeout=300) == 0, whole.stderr.read() if whole.stderr else ""
+    assert whole.wait(timeout=300) == 0
     length = time.monotonic() - begun
     folder = tmp_path / "again" / "whole"
     draws, deaths = np.random.default_rng(0), 0
@@ -45,11 +45,7 @@ def killed_and_resumed(tmp_path: Path, kills: int, save_every: float) -> None:
             for path in folder.rglob("*.safetensors"):
                 read_checkpoint(path)
             continue
-        finally:
-            if process.stderr:
-                said = process.stderr.read().decode()
-                process.stderr.close()
-        assert code == 0, said
+        assert code == 0
         if deaths >= kills:
             break
         # It finished before it could be killed: from the beginning, in another folder.
@@ -60,7 +56,7 @@ def killed_and_resumed(tmp_path: Path, kills: int, save_every: float) -> None:
 
 
 def test_a_killed_run_goes_on_to_the_same_weights_and_outcomes(tmp_path: Path) -> None:
-    killed_and_resumed(tmp_path, kills=2, save_every=0)
+    killed_and_resumed(tmp_path, kills=1, save_every=0)
 
 
 @pytest.mark.slow

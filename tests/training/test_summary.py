@@ -40,7 +40,7 @@ def course(
 ) -> list[Outcome]:
     """Outcomes of rows of values, one row a task and one column a seed; controls are of the last tasks."""
     runs, controls = [list(row) for row in runs], [list(row) for row in controls]
-    found = [outcome(seed, task, **{name: v}) for task, row in enumerate(runs) for seed, v in enumerate(row)]
+    found = [outcome(seed, task, "run", **{name: v}) for task, row in enumerate(runs) for seed, v in enumerate(row)]
     first = len(runs) - len(controls)
     return found + [
         outcome(seed, first + task, "control", **{name: v})
@@ -110,10 +110,11 @@ def test_seeds_without_a_partner_or_that_diverged_are_no_pair() -> None:
         outcome(0, 1, accuracy=0.4), outcome(1, 1, accuracy=0.3), diverged(2, 1),
         outcome(0, 1, "control", accuracy=0.5), diverged(1, 1, "control"), outcome(2, 1, "control", accuracy=0.9),
         outcome(3, 1, "control", accuracy=0.1),
+        outcome(4, 1, accuracy=0.2),
     ]  # fmt: skip
     first, second = summarise(found)
     assert first.gap.count == first.control.count == 0
-    assert (second.gap.count, second.score.count, second.control.count) == (1, 2, 3)
+    assert (second.gap.count, second.score.count, second.control.count) == (1, 3, 3)
     assert second.gap.value == pytest.approx(0.1)
 
 
@@ -133,7 +134,7 @@ def test_losses_turn_the_sign_of_the_gap() -> None:
 def test_online_and_test_results_are_summarised_like_the_score() -> None:
     values = {"online_accuracy": 0.1, "online_loss": 0.2, "test_accuracy": 0.3, "test_loss": 0.4}
     found = [
-        outcome(0, 0, accuracy=0.5, **values),
+        outcome(0, 0, "run", 0.5, **values),
         outcome(0, 0, "control", accuracy=0.5, test_accuracy=0.8, test_loss=0.1),
     ]
     (task,) = summarise(found)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from plasticity_probe.data.digits import read_digits
 from plasticity_probe.errors import DataError, UnknownNameError
 from plasticity_probe.training.settings import Data
 from plasticity_probe.training.sources import load_source, source_sha256
@@ -26,7 +25,7 @@ def loaded(name: str, normalise: str = "none", **settings: Any) -> Source:
     return source
 
 
-def tested(source: Source) -> tuple[Tensor, Tensor]:
+def held_out(source: Source) -> tuple[Tensor, Tensor]:
     assert source.test_inputs is not None
     assert source.test_targets is not None
     return source.test_inputs, source.test_targets
@@ -73,9 +72,9 @@ def test_standard_pixels_have_the_mean_and_spread_of_the_training_split_in_every
     mean = (train / 255).mean((0, 2, 3), keepdims=True)
     std = (train / 255).std((0, 2, 3), keepdims=True)
     np.testing.assert_allclose(source.inputs.numpy(), (train / 255 - mean) / std, rtol=0, atol=2e-6)
-    np.testing.assert_allclose(tested(source)[0].numpy(), (test / 255 - mean) / std, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(held_out(source)[0].numpy(), (test / 255 - mean) / std, rtol=0, atol=2e-6)
     # The test split's own moments would give something else.
-    assert abs(float(tested(source)[0].mean())) > 0.1
+    assert abs(float(held_out(source)[0].mean())) > 0.1
 
 
 def test_a_constant_channel_is_centred_and_not_divided_by_nothing(tmp_path: Path) -> None:
@@ -84,14 +83,28 @@ def test_a_constant_channel_is_centred_and_not_divided_by_nothing(tmp_path: Path
     assert source.inputs.tolist() == [[0, -1], [0, 1]]
 
 
-def test_usual_moments_go_before_measured_ones() -> None:
-    found = read_digits(Path())
-    assert found is not None
+def test_usual_moments_go_before_measured_ones(tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(
+        "import numpy as np\n"
+        "from plasticity_probe.data.dataset import DataSet, Split\n"
+        "def examples():\n"
+        "    split = Split(np.array([[0], [255]], np.uint8), np.array([0, 1]))\n"
+        "    return DataSet('own', {'train': split, 'test': split}, mean=(0.25,), std=(0.125,))\n"
+    )
+    source = loaded(f"{file}:examples", "standard")
+    assert source.inputs.tolist() == held_out(source)[0].tolist() == [[-2], [6]]
+    assert source.description == (
+        "own: 2 training examples, pixels scaled to [0, 1], then (x - mean) / std with mean (0.25) and std (0.125)"
+    )
+
+
+def test_digits_are_at_hand() -> None:
     source = loaded("digits", "standard")
-    train = found.splits["train"]
-    assert torch.equal(source.inputs, train.tensors(found.mean, found.std)[0] if found.mean else source.inputs)
+    assert source.inputs.shape[1:] == held_out(source)[0].shape[1:] == (1, 8, 8)
     assert source.classes == 10
-    assert len(source.inputs) == len(train)
+    assert abs(float(source.inputs.mean())) < 1e-5
+    assert abs(float(source.inputs.std(correction=0)) - 1) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -140,7 +153,7 @@ def test_fewer_examples_are_one_random_subset_measured_like_the_whole(tmp_path: 
     assert rows.tolist() != list(range(10))
     assert torch.equal(part.inputs, whole.inputs[rows])
     assert part.classes == 40
-    assert len(tested(part)[0]) == 7
+    assert len(held_out(part)[0]) == 7
     assert torch.equal(part.inputs, loaded(name, "standard", examples=10).inputs)
     assert source_sha256(loaded(name, "standard", examples=99)) == source_sha256(whole)
     assert ": 10 training examples" in part.description
@@ -195,11 +208,11 @@ def test_windows_of_a_text_follow_each_other_and_targets_are_the_next_characters
     source = loaded(written(tmp_path, rising(characters)), length=length)
     windows = (characters - 1) // length
     tests = max(1, windows // 10)
-    inputs = torch.cat([source.inputs, tested(source)[0]])
-    targets = torch.cat([source.targets, tested(source)[1]])
+    inputs = torch.cat([source.inputs, held_out(source)[0]])
+    targets = torch.cat([source.targets, held_out(source)[1]])
     assert torch.equal(inputs, torch.arange(windows * length).reshape(windows, length))
     assert torch.equal(targets, inputs + 1)
-    assert len(tested(source)[0]) == tests
+    assert len(held_out(source)[0]) == tests
     assert source.classes == characters
     assert inputs.dtype == targets.dtype == torch.int64
     assert source.description == (
@@ -210,7 +223,7 @@ def test_windows_of_a_text_follow_each_other_and_targets_are_the_next_characters
 def test_nothing_that_is_tested_was_learned(tmp_path: Path) -> None:
     for examples in (None, 3):
         source = loaded(written(tmp_path, rising(333)), length=10, examples=examples)
-        inputs, targets = tested(source)
+        inputs, targets = held_out(source)
         assert int(source.targets.max()) <= int(inputs.min())
         assert set(source.targets.flatten().tolist()).isdisjoint(targets.flatten().tolist())
 
@@ -220,7 +233,7 @@ def test_of_a_text_the_beginning_is_kept_and_the_test_part_stays(tmp_path: Path)
     whole, part = loaded(name, length=10), loaded(name, length=10, examples=5)
     assert torch.equal(part.inputs, whole.inputs[:5])
     assert torch.equal(part.targets, whole.targets[:5])
-    assert all(torch.equal(a, b) for a, b in zip(tested(part), tested(whole), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(held_out(part), held_out(whole), strict=True))
     assert source_sha256(loaded(name, length=10, examples=36)) == source_sha256(whole)
     assert source_sha256(loaded(name, length=10, examples=99)) == source_sha256(whole)
 
@@ -243,8 +256,8 @@ def test_a_text_that_is_too_short_is_refused_with_what_it_has(text: str, length:
 def test_the_shortest_text_has_two_windows_and_one_character_more(tmp_path: Path) -> None:
     source = loaded(written(tmp_path, "abcab"), length=2)
     assert source.inputs.tolist() == [[0, 1]]
-    assert tested(source)[0].tolist() == [[2, 0]]
-    assert tested(source)[1].tolist() == [[0, 1]]
+    assert held_out(source)[0].tolist() == [[2, 0]]
+    assert held_out(source)[1].tolist() == [[0, 1]]
 
 
 def test_the_hash_of_examples_changes_with_every_value_shape_and_type() -> None:
@@ -257,7 +270,8 @@ def test_the_hash_of_examples_changes_with_every_value_shape_and_type() -> None:
             other.view(-1)[place] = 1
             seen.add(source_sha256(dataclasses.replace(source, **{name: other})))
         seen.add(source_sha256(dataclasses.replace(source, **{name: tensor[None]})))
-        seen.add(source_sha256(dataclasses.replace(source, **{name: tensor.to(torch.float16)})))
+        other_type = {torch.float32: torch.int32, torch.int64: torch.float64}[tensor.dtype]  # zeros of the same bytes
+        seen.add(source_sha256(dataclasses.replace(source, **{name: tensor.to(other_type)})))
     seen.add(source_sha256(dataclasses.replace(source, inputs=torch.full((3, 2), -0.0))))
     seen.add(source_sha256(dataclasses.replace(source, test_inputs=None, test_targets=None)))
     assert len(seen) == 2 + (6 + 3 + 4 + 2) + 2 * 4 + 2

@@ -1,0 +1,73 @@
+"""Which networks lose the ability to fit new random labels, and which remedies keep it? Four activations times five settings (or more).
+
+Run it with `python examples/who_keeps_learning.py`: the digits, three seeds, half a minute. The same with thirty seeds takes minutes; on MNIST
+(1200 images, two hidden layers of 100) with thirty seeds and twenty tasks, as many as Lewandowski et al. 2023 ran, about an hour on two cores:
+
+    python examples/who_keeps_learning.py --seeds 30 --tasks 15 --epochs 40
+    python examples/who_keeps_learning.py --data mnist --seeds 30 --tasks 20 --epochs 40
+
+Every setting is a run folder below --out; what is finished is not trained again. Writes scores.csv there, and figures.
+"""
+
+import argparse
+import csv
+from pathlib import Path
+
+from plasticity_probe.report.courses import course_grid, final_scores
+from plasticity_probe.report.draw import draw_courses
+from plasticity_probe.training.loop import train
+from plasticity_probe.training.outcomes import Outcome
+from plasticity_probe.training.protocols import PROTOCOLS
+from plasticity_probe.training.remedies import remedy_named
+from plasticity_probe.training.summary import summarise
+
+ACTIVATIONS = ("relu", "leaky-relu", "tanh", "identity")
+REMEDIES = ("none", "l2-init", "shrink-perturb", "layer-norm", "redo")
+PROTOCOL_OF = {"digits": "random-label-digits", "mnist": "lewandowski-random-label-mnist"}
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--data", choices=PROTOCOL_OF, default="digits")
+parser.add_argument("--seeds", type=int, default=3)
+parser.add_argument("--tasks", type=int, default=6)
+parser.add_argument("--epochs", type=int, default=20)
+parser.add_argument("--remedies", nargs="+", default=REMEDIES)
+parser.add_argument("--out", type=Path, default=Path("runs/who-keeps-learning"))
+given = parser.parse_args()
+
+protocol = PROTOCOLS[PROTOCOL_OF[given.data]]
+found: dict[str, dict[str, tuple[Outcome, ...]]] = {}
+for activation in ACTIVATIONS:
+    found[activation] = {}
+    for remedy in given.remedies:
+        setting = protocol.setting.changed(protocol.variants[activation]).changed(
+            {
+                "stream.tasks": given.tasks,
+                "training.epochs": given.epochs,
+                "remedies": () if remedy == "none" else (remedy_named(remedy),),
+                # A fresh network on the last task alone tells what could have been reached there.
+                "control_every": given.tasks,
+                "checkpoint_every": 0,
+            }
+        )
+        folder = given.out / given.data / f"{activation}-{remedy}"
+        run = train(setting, range(given.seeds), folder, resume=True, protocol=protocol.name)
+        found[activation][remedy] = run.outcomes
+
+with (given.out / given.data / "scores.csv").open("w", newline="") as file:
+    writer = csv.writer(file)
+    writer.writerow(["activation", "remedy", "task", "seed", "network", "status", "accuracy", "online_accuracy"])
+    for activation, settings in found.items():
+        for remedy, outcomes in settings.items():
+            for o in outcomes:
+                writer.writerow([activation, remedy, o.task, o.seed, o.network, o.status, o.accuracy, o.online_accuracy])
+
+print("| activation | remedy | first task | last task | fresh network on the last task | lost | |")
+print("|---|---|---|---|---|---|---|")
+for activation, settings in found.items():
+    for remedy, outcomes in settings.items():
+        first, *_, last = summarise(outcomes)
+        verdict = "loses" if last.gap.low > 0 else "keeps" if last.gap.high < 0.05 else "undecided"
+        print(f"| {activation} | {remedy} | {first.score} | {last.score} | {last.control} | {last.gap} | {verdict} |")
+
+for name, description in (("courses", course_grid(found)), ("final", final_scores(found))):
+    draw_courses(description, given.out / given.data / f"{name}.png")
