@@ -59,7 +59,9 @@ with (given.out / given.data / "scores.csv").open("w", newline="") as file:
     for activation, settings in found.items():
         for remedy, outcomes in settings.items():
             for o in outcomes:
-                writer.writerow([activation, remedy, o.task, o.seed, o.network, o.status, o.accuracy, o.online_accuracy])
+                writer.writerow(
+                    [activation, remedy, o.task, o.seed, o.network, o.status, o.accuracy, o.online_accuracy]
+                )
 
 print("| activation | remedy | first task | last task | fresh network on the last task | lost | |")
 print("|---|---|---|---|---|---|---|")

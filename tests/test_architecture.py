@@ -13,7 +13,7 @@ import plasticity_probe
 ROOT = Path(plasticity_probe.__file__).parent
 FLOORS = [
     {"errors", "references"},
-    {"linalg", "measurement", "rank", "spectrum", "checkpoints", "data"},
+    {"linalg", "locked_file", "measurement", "rank", "spectrum", "checkpoints", "data"},
     {"network", "training"},
     {"probe"},
     {"probes", "record", "registry", "functional", "testing"},

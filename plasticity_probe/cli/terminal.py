@@ -36,8 +36,8 @@ def reported(command: Callable[P, R]) -> Callable[P, R]:
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             typer.echo(
-                "interrupted: what was finished is kept; the same command goes on from there (probe train with --resume, probe analyze where --trace "
-                "was given).",
+                "interrupted: what was finished is kept; the same command goes on from there (probe train with --resume, probe analyze where "
+                "--trace was given).",
                 err=True,
             )
             raise typer.Exit(INTERRUPTED) from None

@@ -293,7 +293,9 @@ def show_world(world: "FeatureWorld", seeds: range, out: Path | None, as_json: b
                 lines = [numbers.get((start, quantity, at)) for start in STARTS]
                 if any(lines):
                     first = "" if numbers is known else f"  {at or 'mean of all'}"
-                    table.add_row(first, label, *(_spread(line.mean, line.sd) if line else "" for line in lines), style=style)
+                    table.add_row(
+                        first, label, *(_spread(line.mean, line.sd) if line else "" for line in lines), style=style
+                    )
     screen = console()
     screen.print(f"Mean ± standard deviation over {len(seeds)} seeds")
     screen.print(table)

@@ -140,7 +140,8 @@ def course_grid(
     scale = scale_of(*(curve.y for curve in curves)) if score.by_loss else LINEAR
     low, high, near = _limits(curves, scale, score.by_loss, chance)
     tasks = counted(int(max(known)) + 1, "task")
-    caption = [_seeds_words(groups, score), _control_words(curves), _lost_words(groups)]
+    means = [score.of(task)[0] for own in groups.values() for outcomes in own.values() for task in summarise(outcomes)]
+    caption = [f"Lines and bands: {_over_seeds(means)}.", _control_words(curves), _lost_words(groups)]
     if chance is not None and not near:
         caption.append(f"Chance level, {chance:.3g}, lies below the axis.")
     pad = max(0.03 * (max(known) - min(known)), 0.15)
@@ -191,7 +192,7 @@ def final_scores(
     chance = None if score.by_loss else chance
     scale = scale_of(*(v for p in points for v in (p.values, p.lower, p.upper))) if score.by_loss else LINEAR
     caption = [
-        f"At the end of the last task{f' ({places[0][0]})' if alike else ''}: {_seeds_words(groups, score, runs)}",
+        f"At the end of the last task{f' ({places[0][0]})' if alike else ''}, dots and whiskers: {_over_seeds(runs)}.",
         "Hollow: newly initialised networks, trained on that task alone." if len(points) > 1 else "",
         "" if alike else "At the right: the last task, and the seeds that count.",
         "" if chance is None else f"Grey line: chance level, {chance:.3g}.",
@@ -228,16 +229,14 @@ def run_figures(folder: Path) -> list[CourseFigure]:
     Raises:
         RunError: The folder holds no run, or it is damaged.
     """
-    outcomes, manifest = read_outcomes(folder), _manifest(folder)
-    remedies = [str(remedy["name"]) for remedy in manifest["setting"]["remedies"]]
-    name = ", ".join([shortened(manifest["protocol"] or folder.resolve().name, 60), *remedies])
-    settings = {RUN: outcomes}
+    outcomes = read_outcomes(folder)
+    name, chance = _described(folder)
     kinds: tuple[Examples, Examples] = "task", "test"
-    scores = [(kind, _score({"": settings}, kind)) for kind in kinds]
+    scores: list[tuple[Examples, _Score]] = [(kind, _score({"": {RUN: outcomes}}, kind)) for kind in kinds]
     return [
-        courses(settings, examples=kind, chance=_chance(manifest), title=f"{name}: {score.words} task by task")
+        courses({RUN: outcomes}, examples=kind, chance=chance, title=f"{name}: {score.words} task by task")
         for kind, score in scores
-        if any(mean.count for summary in summarise(outcomes) for mean in score.of(summary))
+        if any(mean.count for task in summarise(outcomes) for mean in score.of(task))
     ]
 
 
@@ -302,17 +301,15 @@ def _values(means: Sequence[Mean]) -> tuple[Numbers, Numbers, Numbers]:
 
 
 def _last(outcomes: Sequence[Outcome]) -> TaskSummary | None:
-    tasks = summarise([o for o in outcomes if o.task == max(outcome.task for outcome in outcomes)])
-    return tasks[-1] if tasks else None
+    index = max((outcome.task for outcome in outcomes), default=0)
+    return next(iter(summarise([outcome for outcome in outcomes if outcome.task == index])), None)
 
 
-def _limits(
-    curves: Sequence[Curve], scale: Scale, by_loss: bool, chance: float | None
-) -> tuple[float, float, bool]:
+def _limits(curves: Sequence[Curve], scale: Scale, by_loss: bool, chance: float | None) -> tuple[float, float, bool]:
     """The ends of the vertical axis, and whether the chance level is within: where it would take more than half of the axis, it is not."""
     ends = [v for curve in curves for v in (curve.y, curve.upper) if v is not None]
     # An interval of a positive quantity may reach below zero, where a logarithmic axis has no place: there it ends at the axis.
-    lows = [c.lower if scale.kind == "linear" else np.fmax(c.lower, c.y / 10) for c in curves if c.lower is not None]
+    lows = [c.lower if scale.kind == "linear" else np.maximum(c.lower, c.y / 10) for c in curves if c.lower is not None]
     shown = np.concatenate([*ends, *lows])
     shown = np.clip(shown[~np.isnan(shown)], 0, None if by_loss else 1)
     low, high = float(shown.min()), float(shown.max())
@@ -326,15 +323,12 @@ def _limits(
     return low if scale.kind == "symlog" else low - pad, high + pad, near
 
 
-def _seeds_words(groups: Mapping[str, Settings], score: _Score, means: Iterable[Mean] | None = None) -> str:
-    if means is None:
-        tasks = [task for settings in groups.values() for own in settings.values() for task in summarise(own)]
-        means = [score.of(task)[0] for task in tasks]
+def _over_seeds(means: Iterable[Mean]) -> str:
     counts = {mean.count for mean in means if mean.count}
     if max(counts, default=0) < 2:
-        return "one seed alone, so there are no intervals."
+        return "one seed alone, so there are no intervals"
     least, most = min(counts), max(counts)
-    return f"means over {most if least == most else f'{least} to {most}'} seeds with 95 % Student-t intervals of each task by itself."
+    return f"means over {most if least == most else f'{least} to {most}'} seeds and their 95 % Student-t intervals"
 
 
 def _control_words(curves: Sequence[Curve]) -> str:
@@ -362,21 +356,23 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def _described(folder: Path) -> tuple[str, float | None]:
+    """The name of what a run folder's manifest says was trained, and the chance level."""
     file = folder / "manifest.json"
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-        if manifest["protocol"] is not None and manifest["setting"]["remedies"] is not None and manifest["architecture"]:
-            return manifest
+        protocol, setting = manifest["protocol"] or folder.resolve().name, manifest["setting"]
+        name = ", ".join([shortened(protocol, 60), *(remedy["name"] for remedy in setting["remedies"])])
+        return name, _chance(setting["stream"]["name"], manifest["architecture"])
     except OSError as error:
-        raise RunError(f"{folder} holds no training run: {file.name} cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{file} is not what `probe train` writes: {error}; name the folder of a run") from error
-    raise RunError(f"{file} is not what `probe train` writes: it names no network; name the folder of a run")
+        raise RunError(
+            f"{folder} holds no training run: {file.name} cannot be read ({error.strerror}); name the folder of a run"
+        ) from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise RunError(f"{file} is not what `probe train` writes: {error!r}; name the folder of a run") from error
 
 
-def _chance(manifest: Mapping[str, Any]) -> float | None:
+def _chance(stream: str, architecture: Mapping[str, Any]) -> float | None:
     """What guessing reaches where all classes are equally frequent; None where not every task has all classes, or there are none."""
-    network = manifest["architecture"]
-    outputs = network["widths"][-1] if "widths" in network else network.get("classes", 0)
-    return 1 / outputs if manifest["setting"]["stream"]["name"] in EVERY_CLASS and outputs > 1 else None
+    outputs = architecture["widths"][-1] if "widths" in architecture else architecture.get("classes", 0)
+    return 1 / outputs if stream in EVERY_CLASS and outputs > 1 else None

@@ -5,7 +5,7 @@ same bytes every time, and matplotlib's global state is left alone.
 """
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from io import BytesIO
@@ -32,7 +32,8 @@ from matplotlib.ticker import (
     ScalarFormatter,
 )
 
-from plasticity_probe.errors import TraceError, UsageError
+from plasticity_probe.errors import RunError, TraceError, UsageError
+from plasticity_probe.report.courses import CONTROL, Course, CourseFigure, CoursePanel, run_figures
 from plasticity_probe.report.figures import figures
 from plasticity_probe.report.geometry import (
     axes_width,
@@ -65,6 +66,11 @@ COLOURS: dict[Role, Any] = {
     "fresh": ORANGE,
 }
 WIDTHS: dict[Role, float] = {"run": 0.5, "mean": 1.8, "checkpoint": 1.3, "first": 1.1, "last": 1.1, "fresh": 1.1}
+HUES: list[Any] = [_PALETTE[at] for at in (0, 3, 2, 4, 9, 1, 5)]
+"""Colours of courses: those of the palette that stand out from white paper and from the grey of the chance level."""
+SHAPES = "os^DvPX"
+"""Markers of courses, as many as colours."""
+DARK = "0.35"
 MARKERS: dict[Role, str] = {"checkpoint": "o", "last": "o", "first": "o", "mean": "o", "run": ".", "fresh": "D"}
 
 
@@ -82,11 +88,7 @@ def draw(figure: Figure, path: Path) -> tuple[Path, Path]:
         TraceError: A file cannot be written.
         UsageError: The figure has no panel.
     """
-    stem = path.with_suffix("") if path.suffix in (".png", ".pdf") else path
-    paths = stem.with_name(stem.name + ".png"), stem.with_name(stem.name + ".pdf")
-    for target, content in zip(paths, _rendered(figure), strict=True):
-        _write(target, content)
-    return paths
+    return _saved(lambda: _laid_out(figure), path)
 
 
 def draw_trace(trace: Path, folder: Path | None = None) -> list[Path]:
@@ -113,6 +115,54 @@ def draw_trace(trace: Path, folder: Path | None = None) -> list[Path]:
     return [path for name, figure in zip(names, wanted, strict=True) for path in draw(figure, folder / name)]
 
 
+def draw_courses(figure: CourseFigure, path: Path) -> tuple[Path, Path]:
+    """Draws courses into a PNG file of 200 dots per inch and a PDF file.
+
+    Args:
+        figure: What to draw.
+        path: As in `draw`.
+
+    Returns:
+        The PNG and the PDF file.
+
+    Raises:
+        TraceError: A file cannot be written.
+        UsageError: The figure has no panel.
+    """
+    return _saved(lambda: _courses_laid_out(figure), path)
+
+
+def draw_run(folder: Path) -> list[Path]:
+    """Draws the figures of a run folder into its folder `figures`: the score task by task beside newly initialised networks, and the test score.
+
+    Args:
+        folder: The run folder, finished or not; figures that are there are replaced.
+
+    Returns:
+        The files, a PNG and a PDF for each figure; none where there is nothing to draw.
+
+    Raises:
+        RunError: The folder holds no run, it is damaged, or the folder for figures cannot be made.
+        TraceError: A figure cannot be written.
+    """
+    wanted, into = run_figures(folder), folder / "figures"
+    if wanted:
+        try:
+            into.mkdir(exist_ok=True)
+        except OSError as error:
+            raise RunError(f"expected to make the folder {into} for figures: {error}; move what is there") from error
+    names = file_names(figure.name for figure in wanted)
+    return [path for name, figure in zip(names, wanted, strict=True) for path in draw_courses(figure, into / name)]
+
+
+def _saved(build: Callable[[], Canvas], path: Path) -> tuple[Path, Path]:
+    stem = path.with_suffix("") if path.suffix in (".png", ".pdf") else path
+    paths = stem.with_name(stem.name + ".png"), stem.with_name(stem.name + ".pdf")
+    for target, content in zip(paths, _rendered(build), strict=True):
+        _write(target, content)
+    return paths
+
+
 def _write(path: Path, content: bytes) -> None:
     try:
         path.write_bytes(content)
@@ -120,9 +170,9 @@ def _write(path: Path, content: bytes) -> None:
         raise TraceError(f"expected to write the figure {path}: {error}; name another folder or make room") from error
 
 
-def _rendered(figure: Figure) -> tuple[bytes, bytes]:
+def _rendered(build: Callable[[], Canvas]) -> tuple[bytes, bytes]:
     with _style():
-        canvas = _laid_out(figure)
+        canvas = build()
         png, pdf = BytesIO(), BytesIO()
         canvas.savefig(png, format="png", dpi=DPI, metadata={"Software": None})
         canvas.set_layout_engine("none")  # it is settled; settling it again for the second file would only cost time
@@ -158,31 +208,126 @@ def _style() -> Iterator[None]:
 
 def _laid_out(figure: Figure) -> Canvas:
     """Panels in a grid under the title, the legend under them, the caption at the foot."""
-    if not figure.panels:
-        raise UsageError(f"expected a figure with at least one panel, got none in {plain(figure.name)[:60]!r}")
+    _check_panels(figure.name, figure.panels)
     columns, rows, width, height = grid_of(figure.panels)
     room = axes_width(figure.panels)
-    title = _wrapped(figure.title, "title", int(width * 12.5))
-    caption = _wrapped(figure.caption, "caption", int(width * 18.5))
-    foot = 0.14 * (caption.count("\n") + 1) + 0.12
     handles = _handles(figure.panels)
-    body = rows * height + 0.2 * (title.count("\n") + 1) + 0.2 * ceil(len(handles) / 3) + 0.15
-    canvas = Canvas(figsize=(width, body + foot), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(canvas)
-    parts: Any = canvas.subfigures(2, 1, height_ratios=[body, foot])
-    upper, lower = parts
-    upper.suptitle(title, x=0.012, ha="left", fontsize=11)
+    canvas, upper = _framed(figure.title, figure.caption, width, rows * height + 0.15, handles, 3)
     grid = upper.subplots(rows, columns, squeeze=False).ravel()
     for number, (axes, panel) in enumerate(zip(grid, figure.panels, strict=False)):
         axes.set_title(_wrapped(panel.title, "panel", int(room * 14)), fontsize=8.5)
         _draw_panel(axes, panel, first=number % columns == 0)
     for axes in grid[len(figure.panels) :]:
         axes.remove()
+    return canvas
+
+
+def _check_panels(name: str, panels: Sequence[object]) -> None:
+    if not panels:
+        raise UsageError(f"expected a figure with at least one panel, got none in {plain(name)[:60]!r}")
+
+
+def _framed(
+    title: str, caption: str, width: float, body: float, handles: Mapping[str, Line2D], columns: int
+) -> tuple[Canvas, Any]:
+    """A canvas with title, legend and caption, and the part of it that has room for panels of a height of `body` inches."""
+    title = _wrapped(title, "title", int(width * 12.5))
+    caption = _wrapped(caption, "caption", int(width * 18.5))
+    foot = 0.14 * (caption.count("\n") + 1) + 0.12
+    height = body + 0.2 * (title.count("\n") + 1) + 0.2 * ceil(len(handles) / columns)
+    canvas = Canvas(figsize=(width, height + foot), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(canvas)
+    parts: Any = canvas.subfigures(2, 1, height_ratios=[height, foot])
+    upper, lower = parts
+    upper.suptitle(title, x=0.012, ha="left", fontsize=11)
     if handles:
         names = [_shown(label, "legend") for label in handles]
-        upper.legend(list(handles.values()), names, loc="outside lower left", ncols=3, frameon=False, fontsize=7.5)
+        look: dict[str, Any] = {"ncols": columns, "frameon": False, "fontsize": 7.5}
+        upper.legend(list(handles.values()), names, loc="outside lower left", **look)
     lower.text(0.012, 1.0, caption, ha="left", va="top", fontsize=7, color="0.25", linespacing=1.25, wrap=False)
+    return canvas, upper
+
+
+def _courses_laid_out(figure: CourseFigure) -> Canvas:
+    """Panels with the same axes: names at the left and at the foot alone."""
+    _check_panels(figure.name, figure.panels)
+    count = len(figure.panels)
+    columns = {1: 1, 2: 2, 4: 2}.get(count, 3)
+    rows, width, height = ceil(count / columns), max(5.4, 2.5 * columns + 0.4), 3.2 if count == 1 else 2.2
+    handles = _course_handles(figure)
+    longest = max(len(_shown(label, "legend")) for label in handles)
+    beside = min(max(int(width / (0.062 * longest + 0.5)), 1), 4)
+    canvas, upper = _framed(figure.title, figure.caption, width, rows * height + 0.15, handles, beside)
+    grid = upper.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+    for number, (axes, panel) in enumerate(zip(grid, figure.panels, strict=False)):
+        axes.set_title(_wrapped(panel.title, "panel", int(width / columns * 12)), fontsize=8.5)
+        _draw_courses(axes, panel, figure)
+        if number % columns == 0:
+            axes.set_ylabel(_wrapped(figure.y_label, "axis", int(height * 12)))
+        if number + columns >= count:
+            axes.set_xlabel(_shown(figure.x_label, "axis"))
+            axes.tick_params(labelbottom=True)
+    for axes in grid[count:]:
+        axes.remove()
     return canvas
+
+
+def _draw_courses(axes: Axes, panel: CoursePanel, figure: CourseFigure) -> None:
+    if figure.chance is not None:
+        axes.axhline(figure.chance, color=DARK, linestyle=":", linewidth=1)
+    # Many bands on top of each other would hide the lines.
+    alpha, size = min(0.18, 0.7 / max(len(panel.courses), 1)), len(panel.courses)
+    step = (figure.x_limits[1] - figure.x_limits[0]) * min(0.012, 0.15 / max(size, 1))
+    for number, course in enumerate(panel.courses):
+        _draw_course(axes, course, figure.limits[0], alpha, step * (number - (size - 1) / 2))
+    axes.set_xlim(*figure.x_limits)
+    _scaled(axes, "y", figure.scale, figure.limits)
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=STEPS, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_formatter(_linear_formatter())
+    sns.despine(ax=axes)
+
+
+def _draw_course(axes: Axes, course: Course, floor: float, alpha: float, aside: float) -> None:
+    """Controls, then the run over them; points without neighbours are set `aside`, so that whiskers of several courses stay apart."""
+    colour, shape = _course_look(course.hue)
+    for curve in (course.control, course.run):
+        if curve is None:
+            continue
+        hollow, alone, known = curve.role == "fresh", _alone(curve.y), ~np.isnan(curve.y)
+        x = np.where(alone, curve.x + aside, curve.x)
+        if curve.lower is not None and curve.upper is not None:
+            lower, upper = (np.maximum(ends, floor) for ends in (curve.lower, curve.upper))
+            axes.fill_between(x, lower, upper, color=colour, alpha=alpha * (0.6 if hollow else 1), linewidth=0)
+            axes.vlines(x[alone], lower[alone], upper[alone], color=colour, alpha=0.5, linewidth=1.8)
+        stroke: dict[str, Any] = {"linestyle": "--", "linewidth": 1} if hollow else {"linewidth": 1.5}
+        axes.plot(x, curve.y, color=colour, **stroke)
+        every = ceil(x.size / 15)
+        marked = alone | (known & (np.arange(x.size) % every == course.hue % every))
+        dot = {"linestyle": "", "marker": shape, "markersize": 3.6, "color": colour}
+        axes.plot(x[marked], curve.y[marked], **dot, markerfacecolor="white" if hollow else colour)
+
+
+def _course_look(hue: int) -> tuple[Any, str]:
+    """Colour and marker: each pair comes once in as many courses as there are pairs."""
+    return HUES[hue % len(HUES)], SHAPES[(hue + hue // len(HUES)) % len(SHAPES)]
+
+
+def _course_handles(figure: CourseFigure) -> dict[str, Line2D]:
+    """The entries of the legend: each label once, then in grey what dashes and dots are."""
+    found: dict[str, Line2D] = {}
+    drawn = [course for panel in figure.panels for course in panel.courses]
+    for course in sorted(drawn, key=lambda course: course.hue):
+        colour, shape = _course_look(course.hue)
+        found.setdefault(course.label, Line2D([], [], color=colour, marker=shape, markersize=3.6, linewidth=1.5))
+    controlled = [course for course in drawn if course.control is not None]
+    if controlled:
+        one = len(found) == 1
+        colour, shape = _course_look(controlled[0].hue) if one else (DARK, "o")
+        dashes: dict[str, Any] = {"linestyle": "--", "linewidth": 1, "markersize": 3.6, "markerfacecolor": "white"}
+        found[CONTROL] = Line2D([], [], color=colour, marker=shape, **dashes)
+    if figure.chance is not None:
+        found[f"chance level, {figure.chance:.3g}"] = Line2D([], [], color=DARK, linestyle=":", linewidth=1)
+    return found
 
 
 def _draw_panel(axes: Axes, panel: Panel, *, first: bool) -> None:

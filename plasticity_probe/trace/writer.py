@@ -21,6 +21,7 @@ import numpy as np
 import xarray as xr
 
 from plasticity_probe.errors import TraceError
+from plasticity_probe.locked_file import BusyError, LockedFile
 from plasticity_probe.trace.guard import MARK
 from plasticity_probe.trace.journal import (
     START,
@@ -32,7 +33,6 @@ from plasticity_probe.trace.journal import (
     session_payload,
 )
 from plasticity_probe.trace.layout import Key, Row
-from plasticity_probe.trace.lock import BusyError, LockedFile
 from plasticity_probe.trace.memory import MemoryTrace
 from plasticity_probe.trace.reader import read_file
 

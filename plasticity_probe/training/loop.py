@@ -139,7 +139,7 @@ def train(
     Raises:
         UsageError: Settings that cannot be, or a folder that holds something else.
         DataError: Data that is missing or does not fit the stream.
-        RunError: The folder cannot be written, or lacks the room.
+        RunError: The folder cannot be written, lacks the room, or another process trains there.
     """
     chosen = tuple(dict.fromkeys(seeds))
     if not chosen or min(chosen) < 0:
@@ -154,13 +154,14 @@ def train(
     )
     folder = Path(out)
     run_folder.open_run(folder, manifest, resume=resume)
-    for part in run_folder.leftovers(folder):
-        part.unlink(missing_ok=True)
-    run_folder.check_room(folder, announced_bytes(setting, drawn, len(chosen), size))
-    groups = [chosen[start : start + size] for start in range(0, len(chosen), size)]
-    for number, group in enumerate(groups):
-        progress = _Progress(setting, number, len(groups), report)
-        _Course(folder, manifest, source, drawn, group, where, save_every, progress).carry_out()
+    with run_folder.alone(folder):
+        for part in run_folder.leftovers(folder):
+            part.unlink(missing_ok=True)
+        run_folder.check_room(folder, announced_bytes(setting, drawn, len(chosen), size))
+        groups = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+        for number, group in enumerate(groups):
+            progress = _Progress(setting, number, len(groups), report)
+            _Course(folder, manifest, source, drawn, group, where, save_every, progress).carry_out()
     return Run(folder, manifest, run_folder.stored_outcomes(folder))
 
 

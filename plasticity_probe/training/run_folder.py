@@ -13,7 +13,8 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from hashlib import blake2b
@@ -26,12 +27,13 @@ from torch import Tensor
 
 from plasticity_probe.checkpoints.safetensors_files import read_safetensors, write_checkpoint
 from plasticity_probe.errors import CheckpointError, RunError, UsageError
+from plasticity_probe.locked_file import BusyError, LockedFile
 from plasticity_probe.training.kinds import as_object, made
 from plasticity_probe.training.outcomes import Outcome, as_json, in_order, read_outcomes
 from plasticity_probe.training.settings import Setting, read, written
 
 SCHEMA = "plasticity_probe.run/1"
-MANIFEST, OUTCOMES, STATE = "manifest.json", "outcomes.jsonl", "state"
+MANIFEST, OUTCOMES, STATE, LOCK = "manifest.json", "outcomes.jsonl", "state", "run.lock"
 DECISIVE = ("schema", "setting", "seeds", "together", "source_sha256", "architecture", "device")
 """What must be the same for a run to go on; the rest is for the record."""
 
@@ -137,6 +139,28 @@ def open_run(folder: Path, manifest: Manifest, *, resume: bool) -> None:
         raise UsageError(f"{folder} is no empty folder and holds no run; choose a new one with --out")
     make_folder(folder)
     write_text(folder / MANIFEST, json.dumps(wanted, indent=1))
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keeps other processes from training in a run folder; a killed process gives it up by itself.
+
+    Args:
+        folder: The run folder, which exists.
+
+    Raises:
+        RunError: Another process trains there, or the folder cannot be written.
+    """
+    try:
+        lock = LockedFile(folder / LOCK)
+    except BusyError as error:
+        raise RunError(f"another process trains in {folder}: {error}; wait for it, or choose another folder") from error
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written: {error.strerror}; choose another folder with --out") from error
+    try:
+        yield
+    finally:
+        lock.release(remove=True)
 
 
 def checkpoint_path(folder: Path, seed: int, step: int, remedied: bool = False) -> Path:
@@ -295,13 +319,14 @@ def check_room(folder: Path, needed: int) -> None:
 
     Args:
         folder: The run folder, which exists.
-        needed: Bytes that the run will add at most.
+        needed: Bytes that the run holds at most, those already there included.
 
     Raises:
         RunError: There is less room.
     """
+    held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     free = shutil.disk_usage(folder).free
-    if needed > free:
+    if needed - held > free:
         raise RunError(
             f"the run needs up to {needed / 1e9:.2f} GB in {folder}, where {free / 1e9:.2f} GB are free; make room, choose another folder, or "
             "keep fewer checkpoints (--set checkpoint_every=5, --set inside=0)"

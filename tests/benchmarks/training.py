@@ -39,7 +39,9 @@ def main() -> None:
     given = parser.parse_args()
     device = torch.device(given.device)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {device}; milliseconds per update\n")
-    print("| network | method | seeds | ms per update of all seeds | times faster than one after the other |\n|---|---|---|---|---|")
+    print(
+        "| network | method | seeds | ms per update of all seeds | times faster than one after the other |\n|---|---|---|---|---|"
+    )
     _mlp(given.seeds, given.updates, given.repeats, device)
     if given.resnet18:
         _resnet(given.updates, given.repeats, device)
@@ -54,11 +56,13 @@ def _mlp(seeds: int, updates: int, repeats: int, device: torch.device) -> None:
     training = setting.training
     ways: dict[str, Callable[[], None]] = {
         "bare loops, one after the other": lambda: [_bare(build(), task, training, device) for task in tasks] and None,
-        "our loop, one after the other": lambda: [
-            _ours(OneNetwork(build, seed, training.make_optimizer, device), resident([task], device), setting)
-            for seed, task in enumerate(tasks)
-        ]
-        and None,
+        "our loop, one after the other": lambda: (
+            [
+                _ours(OneNetwork(build, seed, training.make_optimizer, device), resident([task], device), setting)
+                for seed, task in enumerate(tasks)
+            ]
+            and None
+        ),
         "our loop, all seeds as one program": lambda: _ours(
             ManyNetworks(build, range(seeds), training.make_optimizer, device), resident(tasks, device), setting
         ),
@@ -74,16 +78,26 @@ def _resnet(updates: int, repeats: int, device: torch.device) -> None:
     build = blueprint({"name": "resnet18"}, task.inputs[0], 10).build
     ways: dict[str, Callable[[], None]] = {
         "bare loop": lambda: _bare(build(), task, training, device),
-        "our loop": lambda: _ours(OneNetwork(build, 0, training.make_optimizer, device), resident([task], device), setting),
+        "our loop": lambda: _ours(
+            OneNetwork(build, 0, training.make_optimizer, device), resident([task], device), setting
+        ),
         "our loop, bf16 and channels last": lambda: _ours(
-            OneNetwork(build, 0, training.make_optimizer, device, bf16=True, channels_last=True), resident([task], device), setting
+            OneNetwork(build, 0, training.make_optimizer, device, bf16=True, channels_last=True),
+            resident([task], device),
+            setting,
         ),
     }
     _table("ResNet-18, 128 images", ways, 1, len(task.targets) // 128, repeats, device, "bare loop")
 
 
 def _table(
-    network: str, ways: dict[str, Callable[[], None]], seeds: int, updates: int, repeats: int, device: torch.device, base: str
+    network: str,
+    ways: dict[str, Callable[[], None]],
+    seeds: int,
+    updates: int,
+    repeats: int,
+    device: torch.device,
+    base: str,
 ) -> None:
     best = dict.fromkeys(ways, float("inf"))
     for _ in range(repeats):
@@ -94,7 +108,9 @@ def _table(
             _wait(device)
             best[name] = min(best[name], time.perf_counter() - start)
     for name, seconds in best.items():
-        print(f"| {network} | {name} | {seeds} | {seconds / updates * 1e3:.2f} | {best[base] / seconds:.2f} |", flush=True)
+        print(
+            f"| {network} | {name} | {seeds} | {seconds / updates * 1e3:.2f} | {best[base] / seconds:.2f} |", flush=True
+        )
 
 
 def _bare(network: nn.Module, task: Task, training: Training, device: torch.device) -> None:

@@ -110,7 +110,9 @@ def test_a_diverging_run_ends_with_3_and_says_which_seeds(tmp_path: Path) -> Non
         (["dash-synthetic", "--set", "tasks=2"], 2, "--set"),
     ],
 )
-def test_what_cannot_be_is_refused_before_any_work(tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
+def test_what_cannot_be_is_refused_before_any_work(
+    tmp_path: Path, arguments: list[str], code: int, message: str
+) -> None:
     result = probe(*arguments, "--out", tmp_path / "x")
     assert result.exit_code == code, result.output
     assert message in " ".join(result.output.split())

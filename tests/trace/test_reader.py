@@ -184,7 +184,7 @@ def test_escaping_is_undone_and_leaves_only_what_hdf5_can_hold(text: str) -> Non
 def test_reading_and_writing_need_no_torch(trace: Path) -> None:
     code = """
 import sys
-from plasticity_probe.trace import guard, journal, layout, lock, memory, reader, tree, writer
+from plasticity_probe.trace import guard, journal, layout, memory, reader, tree, writer
 reader.open_trace(sys.argv[1])
 writer.open_for_append(sys.argv[1]).close()
 sys.exit("torch" in sys.modules)

@@ -15,8 +15,9 @@ import xarray as xr
 from hypothesis import HealthCheck, given, settings
 from trace_rows import HOSTILE, failed, groups, row
 
+from plasticity_probe import locked_file
 from plasticity_probe.errors import TraceError
-from plasticity_probe.trace import lock, writer
+from plasticity_probe.trace import writer
 from plasticity_probe.trace.journal import journal_path, read_journal
 from plasticity_probe.trace.layout import Row, Variable
 from plasticity_probe.trace.memory import MemoryTrace
@@ -192,7 +193,7 @@ def test_a_second_writer_is_told_who_holds_the_trace(path: Path) -> None:
 
 def test_a_writer_that_locked_a_removed_journal_tries_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter([False, False, True])
-    monkeypatch.setattr(lock, "_same_file", lambda *_: next(answers))
+    monkeypatch.setattr(locked_file, "_same_file", lambda *_: next(answers))
     open_for_append(path).close()
     assert next(answers, None) is None
 
@@ -203,9 +204,9 @@ def test_where_there_is_no_flock_a_note_stands_for_it(path: Path, monkeypatch: p
         raise OSError(errno.ENOLCK, "no locks available")
 
     if how == "windows":
-        monkeypatch.setattr(lock, "fcntl", None)
+        monkeypatch.setattr(locked_file, "fcntl", None)
     else:
-        monkeypatch.setattr(lock.fcntl, "flock", unsupported)
+        monkeypatch.setattr(locked_file.fcntl, "flock", unsupported)
     note = path.with_name("run.h5.journal.lock")
     with open_for_append(path) as trace:
         trace.append(row(0))
@@ -283,7 +284,7 @@ def test_a_folder_that_refuses_new_files_is_reported(path: Path, monkeypatch: py
         raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
-        patch.setattr(lock.os, "open", refused)
+        patch.setattr(locked_file.os, "open", refused)
         with pytest.raises(TraceError, match=rf"cannot write .*{os.strerror(number)}.*Nothing was written.*Make room"):
             open_for_append(path)
     same(path, twin)

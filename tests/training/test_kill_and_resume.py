@@ -37,7 +37,11 @@ def killed_and_resumed(tmp_path: Path, kills: int, save_every: float) -> None:
         process = start(folder, save_every)
         try:
             # Anywhere from the import of torch to the end of the run.
-            code = process.wait(timeout=float(draws.uniform(0.2, 1.0)) * length) if deaths < kills else process.wait(timeout=300)
+            code = (
+                process.wait(timeout=float(draws.uniform(0.2, 1.0)) * length)
+                if deaths < kills
+                else process.wait(timeout=300)
+            )
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()

@@ -353,6 +353,23 @@ def test_a_folder_of_another_run_is_refused_and_left_as_it_is(tmp_path: Path) ->
     assert files_of(tmp_path / "x") == before
 
 
+def test_two_processes_cannot_train_in_one_folder(tmp_path: Path) -> None:
+    train(TINY, [0], tmp_path / "x")
+    with run_folder.alone(tmp_path / "x"), pytest.raises(RunError, match="another process"):
+        train(TINY, [0], tmp_path / "x", resume=True)
+    train(TINY, [0], tmp_path / "x", resume=True)
+    assert not (tmp_path / "x" / "run.lock").exists()
+
+
+def test_a_nearly_full_disk_does_not_stop_a_run_that_has_its_room_already(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = train(TINY, [0], tmp_path / "x")
+    (tmp_path / "x" / "ballast").write_bytes(bytes(10**6))
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
+    assert train(TINY, [0], tmp_path / "x", resume=True).outcomes == first.outcomes
+
+
 def test_no_more_disk_is_used_than_announced(tmp_path: Path) -> None:
     setting = replace(TINY, remedies=(HareTortoise(every=1), ShrinkPerturb()), inside=2)
     peak = [0]

@@ -76,13 +76,24 @@ def test_published_numbers_are_those_of_the_settings() -> None:
     assert (kumar.stream.tasks, kumar.training.epochs, kumar.training.batch) == (50, (400,), 16)
     assert kumar.network == {"name": "mlp-relu", "hidden": [100, 100]}
     two = setting_of("berariu-two-stage").training
-    assert (two.epochs, two.batch, two.learning_rate, two.optimizer, two.test_last) == ((350, 500), 128, 1e-3, "adam", 100)
+    assert (two.epochs, two.batch, two.learning_rate, two.optimizer, two.test_last) == (
+        (350, 500),
+        128,
+        1e-3,
+        "adam",
+        100,
+    )
     dohare = setting_of("dohare-class-incremental").training
     assert [round(dohare.step_size(epoch, 1.0), 6) for epoch in (0, 60, 120, 160)] == [0.1, 0.02, 0.004, 0.0008]
     ash = setting_of("ash-adams-warm-start")
     assert (ash.training.until, ash.network["width"], ash.data.normalise) == (0.99, 16, "symmetric")
     dash = setting_of("dash-growing").training
-    assert (dash.until, dash.batch, dash.learning_rate, dash.optimizer_settings) == (0.999, 128, 1e-3, {"momentum": 0.9})
+    assert (dash.until, dash.batch, dash.learning_rate, dash.optimizer_settings) == (
+        0.999,
+        128,
+        1e-3,
+        {"momentum": 0.9},
+    )
     reset = setting_of("berariu-reset", "last-5")
     assert ResetModules(last=5) in reset.remedies
 
@@ -101,7 +112,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def tiny(setting: Setting, data: dict[str, str]) -> Setting:
     """A setting small enough for a second: few tasks, one epoch, narrow networks, stand-in data."""
-    stand_in = {"mnist": "grey", "digits": "grey", "": "", "tinyshakespeare.txt": "text"}.get(setting.data.name, "colour")
+    stand_in = {"mnist": "grey", "digits": "grey", "": "", "tinyshakespeare.txt": "text"}.get(
+        setting.data.name, "colour"
+    )
     changes: dict[str, Any] = {
         "data.name": data[stand_in] if stand_in else "",
         "data.examples": None,

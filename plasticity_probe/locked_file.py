@@ -1,4 +1,4 @@
-"""One writer at a time: an advisory lock on the journal that a killed process gives up by itself."""
+"""One writer at a time: an advisory lock on a file that a killed process gives up by itself."""
 
 import errno
 import os
@@ -16,7 +16,7 @@ _UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, err
 
 
 class BusyError(TraceError):
-    """Another writer holds the trace."""
+    """Another writer holds the file."""
 
 
 class LockedFile:
