@@ -28,7 +28,10 @@ EVERY_CLASS = frozenset(
     }
 )  # fmt: skip
 """Streams whose every task has examples of all classes that the network has outputs for: guessing is right in one case of that many."""
-RUN, CONTROL = "learned all tasks before", "newly initialised, trained on this task alone"
+RUN, CONTROL = "learned all tasks before", "newly initialised"
+BANDS = 8
+"""The most courses of a panel whose intervals are drawn as bands; more would cover each other, and have whiskers (our choice). So have
+courses of fewer than three tasks, between which a band would show nothing that was measured."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,25 +72,29 @@ class CourseFigure:
         name: What its file is called, before it is made safe.
         title: One line above it.
         x_label: Name of the horizontal axis.
-        y_label: Name and units of the vertical axis.
+        y_label: Name of the vertical axis.
+        units: Its units.
         panels: From left to right, then down.
         caption: What lines, bands and dashes are, and what was left out.
         chance: Height of a dotted line: what guessing reaches; None for no line.
         scale: Layout of the vertical axis.
         limits: Lower and upper end of the vertical axis.
         x_limits: Left and right end of the horizontal axis.
+        banded: Whether intervals are bands; otherwise whiskers.
     """
 
     name: str
     title: str
     x_label: str
     y_label: str
+    units: str
     panels: tuple[CoursePanel, ...]
     caption: str
     chance: float | None
     scale: Scale
     limits: tuple[float, float]
     x_limits: tuple[float, float]
+    banded: bool
 
 
 def courses(
@@ -141,21 +148,27 @@ def course_grid(
     low, high, near = _limits(curves, scale, score.by_loss, chance)
     tasks = counted(int(max(known)) + 1, "task")
     means = [score.of(task)[0] for own in groups.values() for outcomes in own.values() for task in summarise(outcomes)]
-    caption = [f"Lines and bands: {_over_seeds(means)}.", _control_words(curves), _lost_words(groups)]
-    if chance is not None and not near:
-        caption.append(f"Chance level, {chance:.3g}, lies below the axis.")
-    pad = max(0.03 * (max(known) - min(known)), 0.15)
+    banded = max(len(panel.courses) for panel in panels) <= BANDS and len(set(known)) > 2
+    caption = [
+        _over_seeds(means, f"Lines and {'bands' if banded else 'whiskers'}"),
+        _control_words(curves),
+        _lost_words(groups),
+        _far_words(chance, near),
+    ]
+    pad = max(0.03 * (max(known) - min(known)), 0.2)
     return CourseFigure(
         f"course-{'test-' * (examples == 'test')}{'loss' if score.by_loss else 'accuracy'}",
         title or _sentence(f"{score.words} along {tasks}"),
         "task (the first is 0)",
         score.axis,
+        score.units,
         panels,
         " ".join(filter(None, caption)),
-        chance if near else None,
+        near,
         scale,
         (low, high),
         (min(known) - pad, max(known) + pad),
+        banded,
     )
 
 
@@ -190,12 +203,16 @@ def final_scores(
     places = [(f"task {s.task}" if s else "no task", counted(m.count, "seed")) for s, m in zip(last, runs, strict=True)]
     alike = len(set(places)) == 1
     chance = None if score.by_loss else chance
-    scale = scale_of(*(v for p in points for v in (p.values, p.lower, p.upper))) if score.by_loss else LINEAR
+    shown = [v for p in points for v in (p.values, p.lower, p.upper) if v is not None]
+    scale = scale_of(*shown) if score.by_loss else LINEAR
+    near = _near(chance, *(float(end(np.concatenate(shown))) for end in (np.nanmin, np.nanmax)))
     caption = [
-        f"At the end of the last task{f' ({places[0][0]})' if alike else ''}, dots and whiskers: {_over_seeds(runs)}.",
+        f"Last task: {places[0][0].removeprefix('task ')}." if alike else "",
+        _over_seeds(runs, "Dots and whiskers"),
         "Hollow: newly initialised networks, trained on that task alone." if len(points) > 1 else "",
         "" if alike else "At the right: the last task, and the seeds that count.",
-        "" if chance is None else f"Grey line: chance level, {chance:.3g}.",
+        "" if near is None else f"Grey line: chance level, {near:.3g}.",
+        _far_words(chance, near),
         _lost_words(groups),
     ]
     return Figure(
@@ -204,13 +221,13 @@ def final_scores(
         (
             Dots(
                 "",
-                score.axis,
+                f"{score.axis} ({score.units})",
                 tuple(label for _, label, _ in lines),
                 tuple(points),
                 scale,
                 () if list(groups) == [""] else tuple(group for group, _, _ in lines),
                 () if alike else tuple(", ".join(place) for place in places),
-                chance,
+                near,
             ),
         ),
         " ".join(filter(None, caption)),
@@ -234,7 +251,7 @@ def run_figures(folder: Path) -> list[CourseFigure]:
     kinds: tuple[Examples, Examples] = "task", "test"
     scores: list[tuple[Examples, _Score]] = [(kind, _score({"": {RUN: outcomes}}, kind)) for kind in kinds]
     return [
-        courses({RUN: outcomes}, examples=kind, chance=chance, title=f"{name}: {score.words} task by task")
+        courses({RUN: outcomes}, examples=kind, chance=chance, title=f"{name}: {score.words} by task")
         for kind, score in scores
         if any(mean.count for task in summarise(outcomes) for mean in score.of(task))
     ]
@@ -242,11 +259,12 @@ def run_figures(folder: Path) -> list[CourseFigure]:
 
 @dataclass(frozen=True)
 class _Score:
-    """What is drawn of a task: `words` as in a sentence, `axis` with units."""
+    """What is drawn of a task: `words` as in a sentence, `axis` and `units` as beside an axis."""
 
     by_loss: bool
     words: str
     axis: str
+    units: str
     test: bool
 
     def of(self, task: TaskSummary) -> tuple[Mean, Mean]:
@@ -273,7 +291,7 @@ def _score(groups: Mapping[str, Settings], examples: Examples) -> _Score:
     by_loss, test = True in kinds, examples == "test"
     quantity = ("test " * test) + ("squared error" if by_loss else "accuracy")
     units = "squared units of the targets" if by_loss else "share of test examples" if test else "share of its examples"
-    return _Score(by_loss, quantity, f"{quantity} at the end of the task ({units})", test)
+    return _Score(by_loss, quantity, f"{quantity} {'after' if test else 'at the end of'} the task", units, test)
 
 
 def _course(label: str, hue: int, outcomes: Sequence[Outcome], score: _Score) -> Course:
@@ -305,17 +323,19 @@ def _last(outcomes: Sequence[Outcome]) -> TaskSummary | None:
     return next(iter(summarise([outcome for outcome in outcomes if outcome.task == index])), None)
 
 
-def _limits(curves: Sequence[Curve], scale: Scale, by_loss: bool, chance: float | None) -> tuple[float, float, bool]:
-    """The ends of the vertical axis, and whether the chance level is within: where it would take more than half of the axis, it is not."""
+def _limits(
+    curves: Sequence[Curve], scale: Scale, by_loss: bool, chance: float | None
+) -> tuple[float, float, float | None]:
+    """The ends of the vertical axis, and the chance level where it is within."""
     ends = [v for curve in curves for v in (curve.y, curve.upper) if v is not None]
     # An interval of a positive quantity may reach below zero, where a logarithmic axis has no place: there it ends at the axis.
     lows = [c.lower if scale.kind == "linear" else np.maximum(c.lower, c.y / 10) for c in curves if c.lower is not None]
     shown = np.concatenate([*ends, *lows])
     shown = np.clip(shown[~np.isnan(shown)], 0, None if by_loss else 1)
     low, high = float(shown.min()), float(shown.max())
-    near = chance is not None and low - chance <= (high - chance) / 2
-    if near and chance is not None:
-        low, high = min(low, chance), max(high, chance)
+    near = _near(chance, low, high)
+    if near is not None:
+        low, high = min(low, near), max(high, near)
     if scale.kind == "log":
         pad = (high / low) ** 0.05
         return low / pad, high * pad, near
@@ -323,12 +343,21 @@ def _limits(curves: Sequence[Curve], scale: Scale, by_loss: bool, chance: float 
     return low if scale.kind == "symlog" else low - pad, high + pad, near
 
 
-def _over_seeds(means: Iterable[Mean]) -> str:
+def _near(chance: float | None, low: float, high: float) -> float | None:
+    """The chance level, unless an axis that reaches down to it would spend more than half of its length on nothing else."""
+    return chance if chance is not None and low - chance <= (high - chance) / 2 else None
+
+
+def _far_words(chance: float | None, near: float | None) -> str:
+    return f"Chance level, {chance:.3g}, lies below the axis." if chance is not None and near is None else ""
+
+
+def _over_seeds(means: Iterable[Mean], marks: str) -> str:
     counts = {mean.count for mean in means if mean.count}
     if max(counts, default=0) < 2:
-        return "one seed alone, so there are no intervals"
+        return "One seed alone, so there are no intervals."
     least, most = min(counts), max(counts)
-    return f"means over {most if least == most else f'{least} to {most}'} seeds and their 95 % Student-t intervals"
+    return f"{marks}: means over {most if least == most else f'{least} to {most}'} seeds and their 95 % Student-t intervals."
 
 
 def _control_words(curves: Sequence[Curve]) -> str:

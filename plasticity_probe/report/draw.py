@@ -253,17 +253,18 @@ def _courses_laid_out(figure: CourseFigure) -> Canvas:
     _check_panels(figure.name, figure.panels)
     count = len(figure.panels)
     columns = {1: 1, 2: 2, 4: 2}.get(count, 3)
-    rows, width, height = ceil(count / columns), max(5.4, 2.5 * columns + 0.4), 3.2 if count == 1 else 2.2
+    rows, width, height = ceil(count / columns), max(5.4, 2.5 * columns + 0.4), 3.2 if count == 1 else 2.3
     handles = _course_handles(figure)
     longest = max(len(_shown(label, "legend")) for label in handles)
-    beside = min(max(int(width / (0.062 * longest + 0.5)), 1), 4)
+    beside = min(max(int(width / (0.057 * longest + 0.45)), 1), 4)
     canvas, upper = _framed(figure.title, figure.caption, width, rows * height + 0.15, handles, beside)
     grid = upper.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
     for number, (axes, panel) in enumerate(zip(grid, figure.panels, strict=False)):
         axes.set_title(_wrapped(panel.title, "panel", int(width / columns * 12)), fontsize=8.5)
         _draw_courses(axes, panel, figure)
         if number % columns == 0:
-            axes.set_ylabel(_wrapped(figure.y_label, "axis", int(height * 12)))
+            lines = (_wrapped(text, "axis", int(height * 14)) for text in (figure.y_label, f"({figure.units})"))
+            axes.set_ylabel("\n".join(lines))
         if number + columns >= count:
             axes.set_xlabel(_shown(figure.x_label, "axis"))
             axes.tick_params(labelbottom=True)
@@ -275,11 +276,8 @@ def _courses_laid_out(figure: CourseFigure) -> Canvas:
 def _draw_courses(axes: Axes, panel: CoursePanel, figure: CourseFigure) -> None:
     if figure.chance is not None:
         axes.axhline(figure.chance, color=DARK, linestyle=":", linewidth=1)
-    # Many bands on top of each other would hide the lines.
-    alpha, size = min(0.18, 0.7 / max(len(panel.courses), 1)), len(panel.courses)
-    step = (figure.x_limits[1] - figure.x_limits[0]) * min(0.012, 0.15 / max(size, 1))
     for number, course in enumerate(panel.courses):
-        _draw_course(axes, course, figure.limits[0], alpha, step * (number - (size - 1) / 2))
+        _draw_course(axes, course, figure, *_aside(figure, number, len(panel.courses)))
     axes.set_xlim(*figure.x_limits)
     _scaled(axes, "y", figure.scale, figure.limits)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=STEPS, integer=True, min_n_ticks=1))
@@ -287,24 +285,36 @@ def _draw_courses(axes: Axes, panel: CoursePanel, figure: CourseFigure) -> None:
     sns.despine(ax=axes)
 
 
-def _draw_course(axes: Axes, course: Course, floor: float, alpha: float, aside: float) -> None:
-    """Controls, then the run over them; points without neighbours are set `aside`, so that whiskers of several courses stay apart."""
+def _aside(figure: CourseFigure, number: int, count: int) -> tuple[float, float]:
+    """How far a run and its control stand beside their task so that whiskers keep apart: all of them, or under bands single controls alone."""
+    if not figure.banded:
+        step = min(0.03, 0.15 / count)
+        return step * (number + 0.5 - count), step * (number + 0.5)
+    low, high = figure.x_limits
+    room = high - max(float(course.run.x.max(initial=0)) for panel in figure.panels for course in panel.courses)
+    return 0.0, min(0.02 * (high - low), room / (count + 1)) * (number + 1)
+
+
+def _draw_course(axes: Axes, course: Course, figure: CourseFigure, run_aside: float, control_aside: float) -> None:
+    """The control, then the run over it."""
     colour, shape = _course_look(course.hue)
-    for curve in (course.control, course.run):
+    for curve, aside in ((course.control, control_aside), (course.run, run_aside)):
         if curve is None:
             continue
-        hollow, alone, known = curve.role == "fresh", _alone(curve.y), ~np.isnan(curve.y)
-        x = np.where(alone, curve.x + aside, curve.x)
+        hollow, alone, many = curve.role == "fresh", _alone(curve.y), curve.x.size > 25
+        x = np.where(alone | (not figure.banded), curve.x + aside, curve.x)
+        every = ceil(curve.x.size / 15) if many else 1
+        marked = alone | (~np.isnan(curve.y) & (np.arange(x.size) % every == course.hue % every))
         if curve.lower is not None and curve.upper is not None:
-            lower, upper = (np.maximum(ends, floor) for ends in (curve.lower, curve.upper))
-            axes.fill_between(x, lower, upper, color=colour, alpha=alpha * (0.6 if hollow else 1), linewidth=0)
-            axes.vlines(x[alone], lower[alone], upper[alone], color=colour, alpha=0.5, linewidth=1.8)
-        stroke: dict[str, Any] = {"linestyle": "--", "linewidth": 1} if hollow else {"linewidth": 1.5}
-        axes.plot(x, curve.y, color=colour, **stroke)
-        every = ceil(x.size / 15)
-        marked = alone | (known & (np.arange(x.size) % every == course.hue % every))
-        dot = {"linestyle": "", "marker": shape, "markersize": 3.6, "color": colour}
-        axes.plot(x[marked], curve.y[marked], **dot, markerfacecolor="white" if hollow else colour)
+            lower, upper = (np.maximum(ends, figure.limits[0]) for ends in (curve.lower, curve.upper))
+            if figure.banded:
+                axes.fill_between(x, lower, upper, color=colour, alpha=0.1 if hollow else 0.18, linewidth=0)
+            spots = alone if figure.banded else marked
+            axes.vlines(x[spots], lower[spots], upper[spots], color=colour, alpha=0.5, linewidth=1.5)
+        axes.plot(x, curve.y, color=colour, linestyle="--" if hollow else "-", linewidth=1 if hollow or many else 1.5)
+        dot: dict[str, Any] = {"linestyle": "", "marker": shape, "color": colour, "markersize": 5 if many else 3.6}
+        face, edge = "white" if hollow else colour, "white" if many and not hollow else colour
+        axes.plot(x[marked], curve.y[marked], **dot, markerfacecolor=face, markeredgecolor=edge)
 
 
 def _course_look(hue: int) -> tuple[Any, str]:

@@ -19,6 +19,7 @@ from plasticity_probe.network.capture import recorded_inputs
 from plasticity_probe.network.fresh import fresh_network
 from plasticity_probe.training.models import HiddenLayer, hidden_layers
 from plasticity_probe.training.seeding import derived_seed
+from plasticity_probe.training.side_by_side import side_by_side
 
 MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 Weights = dict[str, Tensor]
@@ -247,7 +248,9 @@ class OneNetwork(Networks):
 
 
 class ManyNetworks(Networks):
-    """Many seeds of one architecture whose tensors are stacked, so that each operation works on all of them at once (torch.func.vmap).
+    """Many seeds of one architecture whose tensors are stacked, so that each operation works on all of them at once.
+
+    Fully connected networks run as layers of many networks (`side_by_side`), all others under `torch.func.vmap`.
 
     Rounding differs from that of each network alone, because matrices are multiplied in batches; what is computed does not.
 
@@ -272,6 +275,10 @@ class ManyNetworks(Networks):
         kept = [dict(network.named_buffers()) for network in drawn]
         self.buffers = {name: torch.stack([found[name].to(device) for found in kept]) for name in kept[0]}
         self.hidden = hidden_layers(self.module)
+        self._stacked = side_by_side(self.module, self._leaves)
+        if self._stacked is not None:
+            for leaf in self._leaves.values():
+                leaf.grad = torch.zeros_like(leaf)
         self.restart_optimizer()
 
     @property
@@ -286,8 +293,10 @@ class ManyNetworks(Networks):
 
     def learn(self, inputs: Tensor, targets: Tensor, *, features: bool = False) -> Learned:
         """As `Networks.learn`."""
-        self.module.train()
         names = [layer.name for layer in self.hidden] if features else []
+        if self._stacked is not None:
+            return self._learn_stacked(self._stacked, inputs, targets, names)
+        self.module.train()
 
         def mean_loss(weights: Weights, buffers: Weights, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Any]:
             with recorded_inputs(self.module, names) as recorded:
@@ -301,9 +310,22 @@ class ManyNetworks(Networks):
             leaf.grad = gradients[name]
         return Learned(losses, outputs, recorded)
 
+    def _learn_stacked(self, stacked: nn.Module, inputs: Tensor, targets: Tensor, names: Sequence[str]) -> Learned:
+        for leaf in self._leaves.values():
+            # Those of linear layers are overwritten; only small ones are added up.
+            if leaf.grad is not None and leaf.ndim < 3:
+                leaf.grad.zero_()
+        with recorded_inputs(stacked, names) as recorded:
+            outputs = stacked(inputs)
+        losses = example_losses(outputs.flatten(0, 1), targets.flatten(0, 1)).unflatten(0, targets.shape[:2])
+        losses.mean(1).sum().backward()
+        return Learned(losses.detach(), outputs.detach(), {name: value.detach() for name, value in recorded.items()})
+
     @torch.no_grad()
     def outputs(self, inputs: Tensor) -> Tensor:
         """As `Networks.outputs`."""
+        if self._stacked is not None:
+            return self._stacked(inputs)
         self.module.eval()
 
         def forward(weights: Weights, buffers: Weights, inputs: Tensor) -> Tensor:
@@ -314,8 +336,12 @@ class ManyNetworks(Networks):
     @torch.no_grad()
     def features(self, inputs: Tensor) -> Weights:
         """As `Networks.features`."""
-        self.module.eval()
         names = [layer.name for layer in self.hidden]
+        if self._stacked is not None:
+            with recorded_inputs(self._stacked, names) as recorded:
+                self._stacked(inputs)
+            return dict(recorded)
+        self.module.eval()
 
         def forward(weights: Weights, buffers: Weights, inputs: Tensor) -> Weights:
             with recorded_inputs(self.module, names) as recorded:
