@@ -14,6 +14,7 @@ SAYS = {
     ],
     "feature_learning_world": ["notebook", "The warm learner memorised"],
     "own_probe": ["effective number of predicted classes", "xarray.DataArray"],
+    "who_keeps_learning": ["| relu | none |", "| identity | redo |"],
     "watch_a_run": ["rank of the Fisher before it", "threshold rank"],
 }
 

@@ -63,6 +63,7 @@ def train(
     ] = None,
     plan: Annotated[bool, Option("--plan", help="Print what would be trained, and train nothing.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object instead of the table.")] = False,
+    figures: Annotated[bool, Option(help="Draw figures into the run folder.")] = True,
     data_root: Annotated[
         Path | None,
         Option(help="Folder of the named data sets. Default: $PLASTICITY_PROBE_DATA, then the usual caches."),
@@ -122,7 +123,13 @@ def train(
             download=download,
             report=report,
         )
+        from plasticity_probe.report.draw import draw_run
+
+        report(0, 1, "drawing figures")
+        drawn = draw_run(folder) if figures else []
     show_run(run, as_json)
+    if drawn and not as_json:
+        console().print(plain(f"Figures: {len(drawn)} files in {drawn[0].parent}"), soft_wrap=True)
     if run.diverged:
         raise typer.Exit(3)
 

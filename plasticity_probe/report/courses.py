@@ -5,6 +5,7 @@ A setting is the outcomes of one run folder: one way of training, many seeds. Me
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,10 +133,13 @@ def course_grid(
     """
     score = _score(groups, examples)
     hues = {label: at for at, label in enumerate(dict.fromkeys(label for own in groups.values() for label in own))}
-    panels = tuple(
-        CoursePanel(name, tuple(_course(label, hues[label], own, score) for label, own in settings.items()))
-        for name, settings in groups.items()
-    )
+    means: list[Mean] = []
+    panels: list[CoursePanel] = []
+    for name, settings in groups.items():
+        tasks = {label: summarise(outcomes) for label, outcomes in settings.items()}
+        means += [score.of(task)[0] for own in tasks.values() for task in own]
+        found = (_course(label, hues[label], own, settings[label], score) for label, own in tasks.items())
+        panels.append(CoursePanel(name, tuple(found)))
     curves = [c for panel in panels for course in panel.courses for c in (course.run, course.control) if c is not None]
     known = [float(x) for curve in curves for x in curve.x[~np.isnan(curve.y)]]
     if not known:
@@ -146,8 +150,6 @@ def course_grid(
     chance = None if score.by_loss else chance
     scale = scale_of(*(curve.y for curve in curves)) if score.by_loss else LINEAR
     low, high, near = _limits(curves, scale, score.by_loss, chance)
-    tasks = counted(int(max(known)) + 1, "task")
-    means = [score.of(task)[0] for own in groups.values() for outcomes in own.values() for task in summarise(outcomes)]
     banded = max(len(panel.courses) for panel in panels) <= BANDS and len(set(known)) > 2
     caption = [
         _over_seeds(means, f"Lines and {'bands' if banded else 'whiskers'}"),
@@ -157,12 +159,12 @@ def course_grid(
     ]
     pad = max(0.03 * (max(known) - min(known)), 0.2)
     return CourseFigure(
-        f"course-{'test-' * (examples == 'test')}{'loss' if score.by_loss else 'accuracy'}",
-        title or _sentence(f"{score.words} along {tasks}"),
+        f"course-{score.field}".replace("_", "-"),
+        title or _sentence(f"{score.words} along {counted(int(max(known)) + 1, 'task')}"),
         "task (the first is 0)",
         score.axis,
         score.units,
-        panels,
+        tuple(panels),
         " ".join(filter(None, caption)),
         near,
         scale,
@@ -216,7 +218,7 @@ def final_scores(
         _lost_words(groups),
     ]
     return Figure(
-        f"final-{'test-' * (examples == 'test')}{'loss' if score.by_loss else 'accuracy'}",
+        f"final-{score.field}".replace("_", "-"),
         title or _sentence(f"{score.words} on the last task"),
         (
             Dots(
@@ -253,7 +255,7 @@ def run_figures(folder: Path) -> list[CourseFigure]:
     return [
         courses({RUN: outcomes}, examples=kind, chance=chance, title=f"{name}: {score.words} by task")
         for kind, score in scores
-        if any(mean.count for task in summarise(outcomes) for mean in score.of(task))
+        if any(math.isfinite(getattr(outcome, score.field)) for outcome in outcomes)
     ]
 
 
@@ -266,6 +268,11 @@ class _Score:
     axis: str
     units: str
     test: bool
+
+    @property
+    def field(self) -> str:
+        """Its name in an outcome."""
+        return f"{'test_' * self.test}{'loss' if self.by_loss else 'accuracy'}"
 
     def of(self, task: TaskSummary) -> tuple[Mean, Mean]:
         """Of the networks that learned all tasks before, and of newly initialised ones."""
@@ -294,8 +301,7 @@ def _score(groups: Mapping[str, Settings], examples: Examples) -> _Score:
     return _Score(by_loss, quantity, f"{quantity} {'after' if test else 'at the end of'} the task", units, test)
 
 
-def _course(label: str, hue: int, outcomes: Sequence[Outcome], score: _Score) -> Course:
-    tasks = summarise(outcomes)
+def _course(label: str, hue: int, tasks: Sequence[TaskSummary], outcomes: Sequence[Outcome], score: _Score) -> Course:
     controlled = {outcome.task for outcome in outcomes if outcome.network == "control"}
     beside = [task for task in tasks if task.task in controlled]
     control = _curve(CONTROL, "fresh", beside, [score.of(task)[1] for task in beside])
@@ -344,8 +350,8 @@ def _limits(
 
 
 def _near(chance: float | None, low: float, high: float) -> float | None:
-    """The chance level, unless an axis that reaches down to it would spend more than half of its length on nothing else."""
-    return chance if chance is not None and low - chance <= (high - chance) / 2 else None
+    """The chance level, unless an axis that reaches down to it would spend on that more than 0.1 and more than half of its length."""
+    return chance if chance is not None and low - chance <= max(0.1, (high - chance) / 2) else None
 
 
 def _far_words(chance: float | None, near: float | None) -> str:

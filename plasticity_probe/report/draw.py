@@ -46,7 +46,7 @@ from plasticity_probe.report.geometry import (
     symlog_ticks,
 )
 from plasticity_probe.report.panels import Curve, Dots, Figure, HeatMap, Lines, Numbers, Panel, Points, Role, Scale
-from plasticity_probe.report.wording import file_names, plain, power_of_ten, shortened
+from plasticity_probe.report.wording import file_names, plain, power_of_ten, shortened, told_apart
 from plasticity_probe.trace.reader import open_trace
 
 DPI = 200
@@ -254,8 +254,9 @@ def _courses_laid_out(figure: CourseFigure) -> Canvas:
     count = len(figure.panels)
     columns = {1: 1, 2: 2, 4: 2}.get(count, 3)
     rows, width, height = ceil(count / columns), max(5.4, 2.5 * columns + 0.4), 3.2 if count == 1 else 2.3
-    handles = _course_handles(figure)
-    longest = max(len(_shown(label, "legend")) for label in handles)
+    looks = _course_handles(figure)
+    handles = dict(zip(told_apart(list(looks), int(width * 12)), looks.values(), strict=True))
+    longest = max(map(len, handles), default=0)
     beside = min(max(int(width / (0.057 * longest + 0.45)), 1), 4)
     canvas, upper = _framed(figure.title, figure.caption, width, rows * height + 0.15, handles, beside)
     grid = upper.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()

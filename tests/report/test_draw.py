@@ -1,19 +1,26 @@
+import itertools
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from matplotlib.text import Text
 from report_traces import array, number, quadrature, row, tree, typical
 
-from plasticity_probe.errors import TraceError, UsageError
-from plasticity_probe.report.draw import draw, draw_trace
+from plasticity_probe.errors import RunError, TraceError, UsageError
+from plasticity_probe.report import draw as module
+from plasticity_probe.report.courses import CourseFigure, course_grid, courses
+from plasticity_probe.report.draw import draw, draw_courses, draw_run, draw_trace
 from plasticity_probe.report.figures import figures
 from plasticity_probe.report.panels import LOG, Curve, Dots, Figure, HeatMap, Level, Lines, Points, Scale
 from plasticity_probe.report.wording import file_names
 from plasticity_probe.trace.tree import rows_of
 from plasticity_probe.trace.writer import open_for_append
+from plasticity_probe.training.outcomes import Outcome, as_json
 
 HOSTILE = "[/b]<script>$x$\x1b[31m \\frac{ $$ \ud800 \u202e 漢字 \U0001f600"
 LONG = "$" + "x" * 10_000
@@ -184,3 +191,126 @@ def test_a_figure_that_cannot_be_written_is_a_trace_error(tmp_path: Path) -> Non
 def test_a_figure_without_panels_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="at least one panel"):
         draw(Figure("f", "t", (), ""), tmp_path / "figure")
+
+
+def trained(tasks: int = 3, end: float = 0.2, every: int = 1, seeds: int = 2, loss: bool = False) -> list[Outcome]:
+    """Accuracies that fall to `end`, with controls on every so many-th task and on the last one."""
+    found: list[Outcome] = []
+    for seed, task in itertools.product(range(seeds), range(tasks)):
+        value = 0.9 + (end - 0.9) * task / max(tasks - 1, 1) + 0.03 * seed
+        for network, score in (("run", value), ("control", 0.9 - 0.02 * seed)):
+            if network == "run" or (task and (task % every == 0 or task == tasks - 1)):
+                kind, accuracy = ("run", "control")[network == "control"], np.nan if loss else score
+                found.append(Outcome(seed, task, "t", kind, "ok", 1, 1, 1, score, accuracy, *[np.nan] * 6))
+    return found
+
+
+TWENTY = courses({f"a remedy of number {n}": trained(12, 0.04 * n, 5) for n in range(20)}, chance=0.1)
+COURSES = {
+    "twenty": TWENTY,
+    "grid": course_grid({f"panel {p}": {f"label {n}": trained(8, 0.1 * n) for n in range(8)} for p in range(5)}),
+    "two tasks": courses({f"remedy {n}": trained(2, 0.1 * n) for n in range(6)}),
+    "one task and seed": courses({"a": trained(1, seeds=1)}),
+    "long": courses({"a": trained(100, every=30), "b": trained(100, 0.5, every=999)}, chance=0.1),
+    "losses": courses({"a": trained(5, 1e-4, loss=True), "b": trained(5, 10, loss=True)}),
+    "long labels": courses({"x" * 90: trained(), "y" * 200: trained()}),
+}
+
+
+@pytest.mark.parametrize("name", COURSES)
+def test_no_text_of_courses_covers_another_or_leaves_the_picture(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn_texts: dict[Text, None] = {}
+    original = Text.draw
+
+    def draw_and_note(text: Text, *given: Any, **named: Any) -> None:
+        drawn_texts[text] = None
+        original(text, *given, **named)
+
+    monkeypatch.setattr(Text, "draw", draw_and_note)  # an axis also has labels that are never drawn
+    with module._style():
+        canvas = module._courses_laid_out(COURSES[name])
+        canvas.draw_without_rendering()
+        found = {text: text.get_window_extent() for text in drawn_texts if text.get_visible()}
+    boxes = {text: box for text, box in found.items() if text.get_text().strip()}
+    assert len(boxes) > 8
+    for box in boxes.values():
+        assert box.x0 >= 0
+        assert box.y0 >= 0
+        assert box.x1 <= canvas.bbox.x1
+        assert box.y1 <= canvas.bbox.y1
+    for (one, first), (two, second) in itertools.combinations(boxes.items(), 2):
+        both = min(first.x1, second.x1) - max(first.x0, second.x0), min(first.y1, second.y1) - max(first.y0, second.y0)
+        # Boxes hold the room for letters that reach below the line, so lines of a list may touch.
+        assert min(both) < 2, (one.get_text(), two.get_text())
+
+
+def looks(figure: CourseFigure) -> list[tuple[str, str, str]]:
+    """Colour, marker and stroke of each line with a marker."""
+    lines = module._course_handles(figure).values()
+    return [(mpl.colors.to_hex(line.get_color()), str(line.get_marker()), str(line.get_linestyle())) for line in lines]
+
+
+def test_twenty_courses_look_different_and_none_like_the_chance_level() -> None:
+    found = looks(TWENTY)
+    assert len(found) == len(set(found)) == 22
+    # Colours alone would not do: there are fewer of them than courses.
+    assert len({colour for colour, _, _ in found[:20]}) == 7
+    assert found[21][0] not in {colour for colour, _, _ in found[:20]}
+
+
+def test_a_control_has_the_colour_of_its_run_and_is_dashed_and_hollow(tmp_path: Path) -> None:
+    with module._style():
+        canvas = module._courses_laid_out(courses({"a": trained(4), "b": trained(4, 0.5)}))
+    lines = canvas.axes[0].lines
+    dashed = [line for line in lines if line.get_linestyle() == "--"]
+    solid = [line for line in lines if line.get_linestyle() == "-" and len(line.get_xdata()) == 4]
+    assert [mpl.colors.to_hex(line.get_color()) for line in dashed] == [mpl.colors.to_hex(h) for h in module.HUES[:2]]
+    assert [line.get_color() for line in dashed] == [line.get_color() for line in solid]
+    marks = [line for line in lines if line.get_linestyle() == "None"]
+    assert [line.get_markerfacecolor() == "white" for line in marks] == [True, False, True, False]
+    np.testing.assert_allclose(np.asarray(dashed[0].get_ydata(), float), [0.89] * 3)
+    np.testing.assert_allclose(np.asarray(solid[1].get_ydata(), float), np.linspace(0.915, 0.515, 4))
+
+
+@pytest.mark.parametrize("text", [HOSTILE, LONG, "\x00", "a\nb\n" * 100], ids=["hostile", "long", "null", "lines"])
+def test_hostile_labels_of_courses_do_no_harm(text: str, tmp_path: Path) -> None:
+    png, pdf = draw_courses(course_grid({text: {text: trained()}}, title=text), tmp_path / "a.png")
+    assert imread(png).shape[0] < 2000
+    assert pdf.read_bytes().startswith(b"%PDF")
+
+
+def test_courses_without_a_panel_are_refused(tmp_path: Path) -> None:
+    empty = CourseFigure("f", "t", "x", "y", "u", (), "", None, LOG, (1, 2), (0, 1), True)
+    with pytest.raises(UsageError, match="at least one panel"):
+        draw_courses(empty, tmp_path / "a")
+
+
+def test_the_figures_of_a_run_folder_lie_in_it_and_are_the_same_each_time(tmp_path: Path) -> None:
+    manifest = {
+        "protocol": "p",
+        "setting": {"remedies": [], "stream": {"name": "random-labels"}},
+        "architecture": {"widths": [1, 10]},
+    }
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    lines = "".join(json.dumps(as_json(one)) + "\n" for one in trained())
+    (tmp_path / "outcomes.jsonl").write_text(lines)
+    paths = draw_run(tmp_path)
+    assert paths == [tmp_path / "figures" / f"course-accuracy.{kind}" for kind in ("png", "pdf")]
+    before = [path.read_bytes() for path in paths]
+    assert [path.read_bytes() for path in draw_run(tmp_path)] == before
+    assert 0.005 < (imread(paths[0])[..., :3] < 0.9).mean() < 0.9
+    (tmp_path / "outcomes.jsonl").write_text("")
+    assert draw_run(tmp_path) == []
+
+
+def test_a_run_folder_whose_figures_have_no_place_is_a_run_error(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="cannot be read"):
+        draw_run(tmp_path)
+    test_the_figures_of_a_run_folder_lie_in_it_and_are_the_same_each_time(tmp_path)
+    (tmp_path / "outcomes.jsonl").write_text("".join(json.dumps(as_json(one)) + "\n" for one in trained()))
+    for path in (tmp_path / "figures").iterdir():
+        path.unlink()
+    (tmp_path / "figures").rmdir()
+    (tmp_path / "figures").write_text("a file")
+    with pytest.raises(RunError, match="expected to make the folder"):
+        draw_run(tmp_path)
