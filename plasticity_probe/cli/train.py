@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from plasticity_probe.training.loop import Run
     from plasticity_probe.training.published.protocol import Protocol
     from plasticity_probe.training.remedies.remedy import Remedy
-    from plasticity_probe.training.settings import Setting
+    from plasticity_probe.training.run_plan import RunPlan
 
 Option = typer.Option
 SCALES = ("full", "small")
@@ -103,30 +103,25 @@ def train(
     )
     label = " ".join(filter(None, [protocol, variant, scale]))
     chosen = tuple(range(first_seed, first_seed + count))
-    if plan:
-        show_plan(setting, label, chosen, folder, as_json)
-        return
     import torch
 
     from plasticity_probe.training import loop
+    from plasticity_probe.training.run_plan import plan_run
 
+    known: dict[str, Any] = {
+        "device": device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        "together": together,
+        "protocol": label,
+        "data_root": data_root,
+        "download": download,
+    }
+    if plan:
+        show_plan(plan_run(setting, chosen, **known), folder, as_json)
+        return
     with progress(quiet) as report:
-        run = loop.train(
-            setting,
-            chosen,
-            folder,
-            resume=resume,
-            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-            together=together,
-            protocol=label,
-            data_root=data_root,
-            download=download,
-            report=report,
-        )
-        from plasticity_probe.report.draw import draw_run
-
+        run = loop.train(setting, chosen, folder, resume=resume, report=report, **known)
         report(0, 1, "drawing figures")
-        drawn = draw_run(folder) if figures else []
+        drawn = _drawn(folder) if figures else []
     show_run(run, as_json)
     if drawn and not as_json:
         console().print(plain(f"Figures: {len(drawn)} files in {drawn[0].parent}"), soft_wrap=True)
@@ -223,37 +218,41 @@ def show_run(run: "Run", as_json: bool) -> None:
     out.print(plain(f"Run folder: {run.folder}"), soft_wrap=True)
 
 
-def show_plan(setting: "Setting", label: str, seeds: tuple[int, ...], folder: Path, as_json: bool) -> None:
-    """Prints what would be trained.
+def show_plan(plan: "RunPlan", folder: Path, as_json: bool) -> None:
+    """Prints what would be trained, and what it takes.
 
     Args:
-        setting: The setting.
-        label: The protocol with its variant and scale.
-        seeds: The seeds.
-        folder: The run folder.
+        plan: The run.
+        folder: Where it would be.
         as_json: Print one JSON object instead.
     """
     from plasticity_probe.training.settings import written
 
+    known, setting = plan.manifest, written(plan.setting)
     if as_json:
-        entry = {
-            "schema": "plasticity_probe.train-plan/1",
-            "protocol": label,
-            "seeds": list(seeds),
-            "folder": str(folder),
-        }
-        typer.echo(json.dumps({**entry, "setting": written(setting)}))
+        entry = {"schema": "plasticity_probe.train-plan/1", "protocol": known.protocol, "seeds": list(known.seeds)}
+        counts = {name: getattr(plan, name) for name in ("parameters", "updates", "checkpoints", "bytes")}
+        typer.echo(
+            json.dumps({**entry, "folder": str(folder), "together": known.together, **counts, "setting": setting})
+        )
         return
     out = console()
-    out.print(plain(f"{label}: {len(seeds)} seeds into {folder}"), soft_wrap=True)
-    for name, value in written(setting).items():
+    out.print(
+        plain(f"{known.protocol}: {len(known.seeds)} seeds, {known.together} at a time, into {folder}"), soft_wrap=True
+    )
+    out.print(plain(f"  data: {known.data}"), soft_wrap=True)
+    for name, value in setting.items():
         text = (
-            ", ".join(f"{key}={item}" for key, item in value.items())
+            ", ".join(f"{key} = {_shown(item)}" for key, item in value.items())
             if isinstance(value, Mapping)
-            else json.dumps(value)
+            else _shown(value)
         )
         out.print(plain(f"  {name}: {text}"), soft_wrap=True)
-    out.print("Nothing was trained.")
+    out.print(
+        f"{plan.parameters:,} parameters; at most {plan.updates:,} updates of {plan.setting.training.batch} examples a seed, controls included; "
+        f"at most {plan.checkpoints:,} checkpoints and {plan.bytes / 1e6:,.0f} MB on disk. Nothing was trained.",
+        soft_wrap=True,
+    )
 
 
 def show_world(world: "FeatureWorld", seeds: range, out: Path | None, as_json: bool) -> None:
@@ -323,6 +322,16 @@ def _refuse_for_world(protocol: str, **given: Any) -> None:
     asked = [f"--{name.replace('change', 'set')}" for name, value in given.items() if value]
     if asked:
         raise UsageError(f"{protocol} simulates features and trains no network; leave out {', '.join(asked)}")
+
+
+def _drawn(folder: Path) -> list[Path]:
+    from plasticity_probe.report.draw import draw_run
+
+    return draw_run(folder)
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(map(_shown, value)) or "none" if isinstance(value, list) else str(value)
 
 
 def _value(text: str) -> Any:

@@ -109,15 +109,15 @@ class _Affine(torch.autograd.Function):
 
 
 def _changed(path: str, layer: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module | None:
+    weight, bias = weights.get(f"{path}.weight"), weights.get(f"{path}.bias")
     if isinstance(layer, UNCHANGED):
         return layer
-    make = _CHANGED.get(type(layer))
-    return make(layer, weights.get(f"{path}.weight"), weights.get(f"{path}.bias")) if make is not None else None
-
-
-_CHANGED: dict[type[nn.Module], Any] = {
-    nn.Linear: lambda _, weight, bias: Linears(weight, bias),
-    nn.LayerNorm: lambda layer, weight, bias: LayerNorms(weight, bias, layer.eps),
-    nn.Flatten: lambda _, weight, bias: nn.Flatten(2),
-    CReLU: lambda _, weight, bias: CReLUs(),
-}
+    if type(layer) is nn.Flatten:
+        return nn.Flatten(2)
+    if type(layer) is CReLU:
+        return CReLUs()
+    if type(layer) is nn.Linear and weight is not None:
+        return Linears(weight, bias)
+    if type(layer) is nn.LayerNorm and weight is not None:
+        return LayerNorms(weight, bias, layer.eps)
+    return None

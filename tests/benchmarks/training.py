@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from plasticity_probe.training.batches import Resident, resident
-from plasticity_probe.training.loop import Learner, Place, Tally, fit
+from plasticity_probe.training.fitting import Learner, Place, Tally, fit
 from plasticity_probe.training.models import blueprint
 from plasticity_probe.training.networks import ManyNetworks, Networks, OneNetwork
 from plasticity_probe.training.protocols import PROTOCOLS

@@ -49,22 +49,27 @@ def test_json_holds_every_outcome_and_the_table(tmp_path: Path) -> None:
 def test_variant_remedies_scale_and_changes_decide_the_setting(tmp_path: Path) -> None:
     result = probe(
         "lewandowski-random-label-mnist", "--variant", "tanh", "--remedy", "l2-init:coefficient=1e-3", "--remedy", "redo", "--scale",
-        "small", "--set", "training.batch=30", "--plan", "--json", "--out", tmp_path / "x",
+        "small", "--set", "training.batch=30", "--set", "data.name=digits", "--plan", "--json", "--out", tmp_path / "x",
     )  # fmt: skip
     setting = said(result)["setting"]
     assert setting["network"]["name"] == "mlp-tanh"
     assert [remedy["name"] for remedy in setting["remedies"]] == ["l2-init", "redo"]
     assert setting["remedies"][0]["coefficient"] == 1e-3
     assert (setting["stream"]["tasks"], setting["training"]["batch"]) == (10, 30)
-    assert len(said(result)["seeds"]) == PROTOCOLS["lewandowski-random-label-mnist"].small["seeds"]
+    entry = said(result)
+    assert len(entry["seeds"]) == entry["together"] == PROTOCOLS["lewandowski-random-label-mnist"].small["seeds"]
+    # 10 tasks and controls on tasks 5 and 9, of 50 epochs of 1200 images in batches of 30.
+    assert entry["updates"] == 12 * 50 * 40
+    assert entry["parameters"] == 64 * 100 + 100 + 100 * 100 + 100 + 100 * 10 + 10
+    assert 0 < entry["checkpoints"] * 4 * entry["parameters"] < entry["bytes"]
     assert not (tmp_path / "x").exists()
 
 
 def test_the_plan_in_words_names_what_would_be_trained(tmp_path: Path) -> None:
-    result = probe("berariu-reset", "--plan", "--out", tmp_path / "x")
-    assert result.exit_code == 0
+    result = probe("berariu-reset", "--set", "data.name=digits", "--plan", "--out", tmp_path / "x")
+    assert result.exit_code == 0, result.output
     assert "reset-modules" in result.stdout
-    assert "Nothing was trained" in result.stdout
+    assert "MB on disk. Nothing was trained." in result.stdout
 
 
 def test_the_run_folder_is_named_after_what_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +140,7 @@ def test_an_interrupt_ends_with_130_and_resume_goes_on(tmp_path: Path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr("plasticity_probe.training.loop._Course._finish_task", interrupted)
         result = digits(tmp_path / "b" / "x")
-    assert result.exit_code == 130
+    assert result.exit_code == 130, result.output
     assert "--resume" in result.output
     found = said(digits(tmp_path / "b" / "x", "--resume", "--json"))
     assert found["outcomes"] == expected["outcomes"]

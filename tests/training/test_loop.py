@@ -15,15 +15,17 @@ from plasticity_probe.errors import DataError, RunError, UsageError
 from plasticity_probe.network.fresh import fresh_network
 from plasticity_probe.training import loop, run_folder
 from plasticity_probe.training.batches import resident
-from plasticity_probe.training.loop import Learner, Place, Tally, fit, train
+from plasticity_probe.training.fitting import Learner, Place, Tally, clip, fit
+from plasticity_probe.training.loop import train
 from plasticity_probe.training.models import blueprint
-from plasticity_probe.training.networks import OneNetwork, example_losses, initial_seed
+from plasticity_probe.training.networks import Networks, OneNetwork, example_losses, initial_seed
 from plasticity_probe.training.outcomes import DIVERGED, OK, Outcome, read_outcomes
 from plasticity_probe.training.remedies.averaging import HareTortoise
 from plasticity_probe.training.remedies.remedy import Memory, Moment, Remedy
 from plasticity_probe.training.remedies.resets import FreshOptimizer
 from plasticity_probe.training.remedies.shrinking import ShrinkPerturb
 from plasticity_probe.training.remedies.units import ContinualBackprop
+from plasticity_probe.training.run_plan import plan_run
 from plasticity_probe.training.seeding import derived_seed, generator
 from plasticity_probe.training.settings import Data, Setting, Training
 from plasticity_probe.training.sources import load_source
@@ -185,10 +187,10 @@ def test_the_gradient_is_clipped_for_each_network_by_itself() -> None:
     networks.learn(torch.randn(1, 8, 3) * 100, torch.randint(2, (1, 8)))
     before = {name: gradient.clone() for name, gradient in networks.gradients.items()}
     norm = torch.cat([g.flatten() for g in before.values()]).norm()
-    loop.clip(networks, float(norm) / 4)
+    clip(networks, float(norm) / 4)
     for name, gradient in networks.gradients.items():
         torch.testing.assert_close(gradient, before[name] / 4)
-    loop.clip(networks, float(norm))
+    clip(networks, float(norm))
     for name, gradient in networks.gradients.items():
         torch.testing.assert_close(gradient, before[name] / 4)
 
@@ -305,7 +307,7 @@ class Spoils(Remedy):
     source: ClassVar[str] = "test"
     seed: int = 1
 
-    def before_task(self, networks: loop.Networks, memory: Memory, moment: Moment) -> None:
+    def before_task(self, networks: Networks, memory: Memory, moment: Moment) -> None:
         if moment.task == 1 and self.seed in moment.seeds:
             for weight in networks.weights.values():
                 weight[moment.seeds.index(self.seed)] = torch.nan
@@ -382,9 +384,10 @@ def test_no_more_disk_is_used_than_announced(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_folder, "save_weights", watched)
         train(setting, range(3), tmp_path / "x", save_every=0)
-    task = setting.stream.task(load_source(setting.data), 0, 0)
-    announced = loop.announced_bytes(setting, blueprint(setting.architecture, task.inputs[0], 10), 3, 3)
-    assert announced / 4 < peak[0] <= announced
+    plan = plan_run(setting, range(3))
+    assert plan.bytes / 4 < peak[0] <= plan.bytes
+    assert len(list((tmp_path / "x").rglob("*.safetensors"))) <= plan.checkpoints
+    assert sum(o.updates for o in read_outcomes(tmp_path / "x")) == 3 * plan.updates
 
 
 def test_a_disk_without_room_is_found_before_any_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

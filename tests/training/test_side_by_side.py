@@ -85,7 +85,12 @@ def test_layers_of_other_kinds_are_left_to_vmap() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return 2 * super().forward(x)
 
-    others = (nn.Linear(3, 2), ConvNet((4,), image_size=8), nn.Sequential(nn.Flatten(), nn.GELU()), Doubled(nn.Linear(3, 2)))
+    others = (
+        nn.Linear(3, 2),
+        ConvNet((4,), image_size=8),
+        nn.Sequential(nn.Flatten(), nn.GELU()),
+        Doubled(nn.Linear(3, 2)),
+    )
     for network in others:
         assert side_by_side(network, {}) is None
     networks = many(lambda: ConvNet((4,), image_size=8, hidden=4, in_channels=1))
