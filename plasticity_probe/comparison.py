@@ -249,9 +249,15 @@ def _limits(rows: Sequence[Row], shown: Table) -> list[str]:
     places = {_place(row) for row in rows if row.network == "checkpoint"}
     found: list[str] = []
     if len(places) == 1:
+        tried = any(row.probe == "trainability" for row in rows)
         found.append(
-            "One checkpoint shows a state, not a loss: whether anything changed needs earlier checkpoints of the same run, and whether this "
-            "network can still learn needs a trial, a copy trained on a new task beside a fresh network."
+            "One checkpoint shows a state, not a loss: whether anything changed needs earlier checkpoints of the same run"
+            + (
+                "."
+                if tried
+                else ", and whether this network can still learn needs a trial, a copy trained on a new task beside a fresh network (--probes "
+                "trainability)."
+            )
         )
     else:
         found.append(

@@ -54,11 +54,15 @@ class RunPlan:
     @property
     def updates(self) -> int:
         """Updates of the first seed, its controls included; the most where a task may end early."""
-        seed, training, total = self.manifest.seeds[0], self.setting.training, 0
-        for task in range(self.setting.stream.tasks):
-            size = len(self.setting.stream.task(self.source, task, seed).targets)
-            total += training.epochs_of(task) * updates_of(size, training.batch) * (1 + self.setting.has_control(task))
-        return total
+        stream, training = self.setting.stream, self.setting.training
+        built = 1 if stream.steady else stream.tasks
+        sizes = [len(stream.task(self.source, task, self.manifest.seeds[0]).targets) for task in range(built)]
+        return sum(
+            training.epochs_of(task)
+            * updates_of(sizes[min(task, built - 1)], training.batch)
+            * (1 + self.setting.has_control(task))
+            for task in range(stream.tasks)
+        )
 
     @property
     def checkpoints(self) -> int:

@@ -103,12 +103,14 @@ class Stream(ABC):
         name: The name that a setting and a run folder know it by.
         source: Where it was defined, as author, year and section.
         equal_sizes: Whether a task has as many examples for every seed, so that many seeds can be one program.
+        steady: Whether all its tasks have as many examples.
         tasks: How many tasks it has; every stream has this field.
     """
 
     name: ClassVar[str]
     source: ClassVar[str]
     equal_sizes: ClassVar[bool] = True
+    steady: ClassVar[bool] = False
     tasks: int
 
     @abstractmethod

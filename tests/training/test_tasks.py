@@ -6,6 +6,7 @@ import torch
 from numbered_examples import numbered
 
 from plasticity_probe.errors import DataError, UsageError
+from plasticity_probe.training.streams import STREAMS
 from plasticity_probe.training.tasks import Mixture, Source, Stream, Task, check_labels
 
 
@@ -106,3 +107,18 @@ def test_targets_without_classes_are_refused(targets: torch.Tensor, classes: int
 def test_no_data_at_all_is_refused_with_a_remedy() -> None:
     with pytest.raises(DataError, match=r"a test needs examples with class labels.*such as digits"):
         check_labels(None, "a test")
+
+
+def test_streams_that_call_themselves_steady_have_tasks_of_one_size() -> None:
+    tokens = torch.randint(5, (12, 4))
+    text = Source(tokens, tokens, None, None, 5, "text")
+    images = Source(torch.randn(12, 1, 2, 2), torch.arange(12) % 3, None, None, 3, "images")
+    for name, stream in STREAMS.items():
+        if stream.steady:
+            made = stream(tasks=4, examples=7)  # type: ignore[call-arg]
+            sizes = {
+                len(made.task(text if name == "permuted-alphabet" else images, index, 0).targets) for index in range(4)
+            }
+            assert sizes == {7}, name
+    assert STREAMS["random-labels"].steady
+    assert not STREAMS["growing-chunks"].steady

@@ -43,6 +43,7 @@ class SlowlyChangingRegression(Stream):
 
     name: ClassVar[str] = "slowly-changing-regression"
     source: ClassVar[str] = "Dohare et al. 2024, Slowly-Changing Regression"
+    steady: ClassVar[bool] = True
 
     tasks: int
     examples: int = 10_000

@@ -43,6 +43,7 @@ class RandomLabels(Stream):
 
     name: ClassVar[str] = "random-labels"
     source: ClassVar[str] = "Kumar et al. 2023, Random Label MNIST; Lyle et al. 2023"
+    steady: ClassVar[bool] = True
 
     tasks: int
     examples: int | None = None
@@ -81,6 +82,7 @@ class PermutedPixels(Stream):
 
     name: ClassVar[str] = "permuted-pixels"
     source: ClassVar[str] = "Dohare et al. 2024, Online Permuted MNIST; Kumar et al. 2023, Permuted MNIST"
+    steady: ClassVar[bool] = True
 
     tasks: int
     examples: int | None = None
@@ -119,6 +121,7 @@ class PermutedLabels(Stream):
 
     name: ClassVar[str] = "permuted-labels"
     source: ClassVar[str] = "Lewandowski et al. 2023, label-permuted tasks"
+    steady: ClassVar[bool] = True
 
     tasks: int
     examples: int | None = None
@@ -159,6 +162,7 @@ class PermutedAlphabet(Stream):
     source: ClassVar[str] = (
         "our analogue for text of the permuted tasks of Dohare et al. 2024 and Lewandowski et al. 2023"
     )
+    steady: ClassVar[bool] = True
 
     tasks: int
     examples: int | None = None
