@@ -324,9 +324,9 @@ class ManyNetworks(Networks):
     @torch.no_grad()
     def outputs(self, inputs: Tensor) -> Tensor:
         """As `Networks.outputs`."""
+        self.module.eval()
         if self._stacked is not None:
             return self._stacked(inputs)
-        self.module.eval()
 
         def forward(weights: Weights, buffers: Weights, inputs: Tensor) -> Tensor:
             return functional_call(self.module, (weights, buffers), (inputs,))
@@ -336,12 +336,12 @@ class ManyNetworks(Networks):
     @torch.no_grad()
     def features(self, inputs: Tensor) -> Weights:
         """As `Networks.features`."""
+        self.module.eval()
         names = [layer.name for layer in self.hidden]
         if self._stacked is not None:
             with recorded_inputs(self._stacked, names) as recorded:
                 self._stacked(inputs)
             return dict(recorded)
-        self.module.eval()
 
         def forward(weights: Weights, buffers: Weights, inputs: Tensor) -> Weights:
             with recorded_inputs(self.module, names) as recorded:
