@@ -36,7 +36,7 @@ def made(kind: Callable[..., Any], what: str, values: Mapping[str, Any]) -> Any:
         UsageError: Values that it does not have, lacks, or that are of another kind; or whatever it refuses itself.
     """
     parts = {part.name: part for part in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    known = f"it has {', '.join(parts)}"
+    known = f"it has {', '.join(parts)}" if parts else "it has no settings"
     if unknown := [name for name in values if name not in parts]:
         raise UsageError(f"{what} has no {', '.join(map(repr, unknown))}; {known}")
     blank = dataclasses.MISSING

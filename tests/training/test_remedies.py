@@ -144,20 +144,20 @@ def test_unknown_names_are_refused_with_those_that_are_near() -> None:
 
 @EVERY_NAME
 def test_unknown_settings_are_refused_with_those_that_there_are(name: str) -> None:
-    with pytest.raises(UsageError, match=f"the remedy {name} has no setting 'strength'; it has ") as caught:
+    with pytest.raises(UsageError, match=f"the remedy {name} has no 'strength'; it has ") as caught:
         remedy_named(name, strength=1)
-    assert all(f"{key} (" in str(caught.value) for key in QUICK[name])
+    assert all(key in str(caught.value) for key in QUICK[name])
     assert QUICK[name] or "it has no settings" in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("name", "settings", "wanted"),
     [
-        ("redo", {"tau": "0.1"}, "tau of the remedy redo must be float, got '0.1'"),
-        ("redo", {"every": 10.5}, "every of the remedy redo must be int, got 10.5"),
-        ("redo", {"every": True}, "every of the remedy redo must be int, got True"),
-        ("shrink-perturb", {"shrink": "half"}, "must be float or none, got 'half'"),
-        ("shrink-perturb", {"toward": None}, "must be str, got None"),
+        ("redo", {"tau": "0.1"}, "redo cannot be so: tau should be a number, got '0.1'"),
+        ("redo", {"every": 10.5}, "every should be a whole number, got 10.5"),
+        ("redo", {"every": True}, "every should be a whole number, got True"),
+        ("shrink-perturb", {"shrink": "half"}, "shrink should be a number or none, got 'half'"),
+        ("shrink-perturb", {"toward": None}, "toward should be a text, got None"),
     ],
 )
 def test_settings_of_another_type_are_refused(name: str, settings: dict[str, Any], wanted: str) -> None:

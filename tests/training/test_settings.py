@@ -171,7 +171,7 @@ def test_a_part_that_is_missing_is_named(part: str) -> None:
         (lambda e: e["remedies"].append({"name": "l2"}), "each remedy can act once; got l2, l2"),
         (lambda e: e["remedies"].append("l2"), "a remedy should be an object"),
         (lambda e: e["remedies"].append({"coefficient": 1}), "a remedy is written as"),
-        (lambda e: e["remedies"][0].update(coefficient="much"), "coefficient of the remedy l2"),
+        (lambda e: e["remedies"][0].update(coefficient="much"), "the remedy l2 cannot be so: coefficient"),
         (lambda e: e.update(remedies={"name": "l2"}), "remedies should be a list"),
         (lambda e: e.update(inside=-1), "inside is a number from 0 on, 0 for never; got -1"),
     ],

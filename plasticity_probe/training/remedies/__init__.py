@@ -2,10 +2,11 @@
 
 import dataclasses
 from collections.abc import Mapping
-from types import MappingProxyType, NoneType
-from typing import Any, get_args, get_type_hints
+from types import MappingProxyType
+from typing import Any
 
 from plasticity_probe.errors import UnknownNameError, UsageError
+from plasticity_probe.training.kinds import made
 from plasticity_probe.training.remedies.architecture import CReLURemedy, LayerNormRemedy
 from plasticity_probe.training.remedies.averaging import HareTortoise
 from plasticity_probe.training.remedies.penalties import L2, L2Init, Spectral, Wasserstein
@@ -53,15 +54,7 @@ def remedy_named(name: str, /, **settings: Any) -> Remedy:
     """
     if name not in REMEDIES:
         raise UnknownNameError("remedy", name, REMEDIES)
-    hints = get_type_hints(REMEDIES[name])
-    known = {field.name: hints[field.name] for field in dataclasses.fields(REMEDIES[name])}  # type: ignore[arg-type]
-    described = ", ".join(f"{key} ({_called(hint)})" for key, hint in known.items()) or "no settings"
-    for key, value in settings.items():
-        if key not in known:
-            raise UsageError(f"the remedy {name} has no setting {key!r}; it has {described}")
-        if not _fits(value, known[key]):
-            raise UsageError(f"the setting {key} of the remedy {name} must be {_called(known[key])}, got {value!r}")
-    return REMEDIES[name](**settings)
+    return made(REMEDIES[name], f"the remedy {name}", settings)
 
 
 def written(remedy: Remedy) -> dict[str, Any]:
@@ -87,15 +80,3 @@ def read(settings: Mapping[str, Any]) -> Remedy:
     if not isinstance(name, str):
         raise UsageError(f'a remedy is written as {{"name": ..., and its settings}}, got {dict(settings)!r}')
     return remedy_named(name, **others)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    kinds = get_args(hint) or (hint,)
-    # Python takes True for the number 1, and JSON writes 1 for 1.0.
-    if isinstance(value, bool):
-        return bool in kinds
-    return isinstance(value, kinds) or (isinstance(value, int) and float in kinds)
-
-
-def _called(hint: Any) -> str:
-    return " or ".join("none" if kind is NoneType else kind.__name__ for kind in get_args(hint) or (hint,))
