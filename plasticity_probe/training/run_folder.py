@@ -328,7 +328,7 @@ def check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed - held > free:
         raise RunError(
-            f"the run needs up to {needed / 1e9:.2f} GB in {folder}, where {free / 1e9:.2f} GB are free; make room, choose another folder, or "
+            f"the run needs up to {needed / 1e6:,.1f} MB in {folder}, where {free / 1e6:,.1f} MB are free; make room, choose another folder, or "
             "keep fewer checkpoints (--set checkpoint_every=5, --set inside=0)"
         )
 

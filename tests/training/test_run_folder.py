@@ -414,7 +414,7 @@ def test_a_run_that_the_disk_has_no_room_for_is_refused_beforehand(
     with pytest.raises(RunError) as caught:
         check_room(tmp_path, 2_500_000_001)
     assert str(caught.value) == (
-        f"the run needs up to 2.50 GB in {tmp_path}, where 2.50 GB are free; make room, choose another folder, or keep fewer checkpoints "
+        f"the run needs up to 2,500.0 MB in {tmp_path}, where 2,500.0 MB are free; make room, choose another folder, or keep fewer checkpoints "
         "(--set checkpoint_every=5, --set inside=0)"
     )
 
