@@ -112,61 +112,64 @@ def fit(
         Where training stands then.
     """
     training, networks = setting.training, learner.networks
-    acting = [*zip(setting.remedies, learner.memories, strict=True)]
-    wanted = any(remedy.features for remedy in setting.remedies)
-    epochs, each = training.epochs_of(place.task), updates_of(held.size, training.batch)
-    own = int(place.phase == "run")
+    epochs = training.epochs_of(place.task)
     while place.epoch < epochs and not tally.reached:
-        losses: list[Tensor] = []
-        right: list[Tensor] = []
-        with reproducible(derived_seed(seeds[0], f"{place.phase} epoch", place.task, place.epoch)):
-            epoch = batches(held, seeds, place.epoch, epochs, training.batch, training.augmentation)
-            for number, (inputs, targets) in enumerate(epoch, start=1):
-                learned = networks.learn(inputs, targets, features=wanted)
-                for remedy, memory in acting:
-                    remedy.add_gradient(networks, memory)
-                if training.clip is not None:
-                    clip(networks, training.clip)
-                for group in networks.optimizer.param_groups:
-                    group["lr"] = training.step_size(place.epoch, number / each)
-                networks.optimizer.step()
-                place = replace(place, updates=place.updates + 1, step=place.step + own)
-                if acting:
-                    at = Moment(
-                        networks.seeds,
-                        place.task,
-                        place.epoch,
-                        place.step if own else place.updates,
-                        held.tasks,
-                        training.batch,
-                    )
-                    for remedy, memory in acting:
-                        remedy.after_step(networks, memory, at, learned.features)
-                losses.append(learned.losses)
-                right.append(hits(learned.outputs, targets))
-                if after_update is not None:
-                    after_update(place)
-            place = replace(place, epoch=place.epoch + 1)
-            for remedy, memory in acting:
-                at = Moment(
-                    networks.seeds,
-                    place.task,
-                    place.epoch,
-                    place.step if own else place.updates,
-                    held.tasks,
-                    training.batch,
-                )
-                remedy.after_epoch(networks, memory, at)
-        _count(tally, torch.cat(losses, 1), torch.cat(right, 1), place, training.threshold)
-        score = tally.sums["epoch_right"]
-        tally.reached = training.until is not None and bool((score >= training.until).all())
-        if len(seeds) == 1 and not math.isfinite(float(tally.sums["loss"])):
-            tally.reached = True
+        place, losses, right = _epoch(learner, held, setting, seeds, place, after_update)
+        _count(tally, losses, right, place, training.threshold)
+        lost = len(seeds) == 1 and not math.isfinite(float(tally.sums["loss"]))
+        tally.reached = lost or (
+            training.until is not None and bool((tally.sums["epoch_right"] >= training.until).all())
+        )
         if held.test_inputs is not None and (tally.reached or place.epoch > epochs - training.test_last):
             _test(networks, held, tally)
         if after_epoch is not None:
             after_epoch(place)
     return place
+
+
+def _epoch(
+    learner: Learner,
+    held: Resident,
+    setting: Setting,
+    seeds: Sequence[int],
+    place: Place,
+    after_update: Callable[[Place], None] | None,
+) -> tuple[Place, Tensor, Tensor]:
+    """One pass over the examples: where training stands then, and loss and hit of each example before the update on it, (S, N) each."""
+    training, networks = setting.training, learner.networks
+    acting = [*zip(setting.remedies, learner.memories, strict=True)]
+    wanted = any(remedy.features for remedy in setting.remedies)
+    epochs, updates = training.epochs_of(place.task), updates_of(held.size, training.batch)
+    losses: list[Tensor] = []
+    right: list[Tensor] = []
+
+    def moment() -> Moment:
+        # A control counts its own updates: its step is that of a run that begins with this task.
+        step = place.step if place.phase == "run" else place.updates
+        return Moment(networks.seeds, place.task, place.epoch, step, held.tasks, training.batch)
+
+    with reproducible(derived_seed(seeds[0], f"{place.phase} epoch", place.task, place.epoch)):
+        epoch = batches(held, seeds, place.epoch, epochs, training.batch, training.augmentation)
+        for number, (inputs, targets) in enumerate(epoch, start=1):
+            learned = networks.learn(inputs, targets, features=wanted)
+            for remedy, memory in acting:
+                remedy.add_gradient(networks, memory)
+            if training.clip is not None:
+                clip(networks, training.clip)
+            for group in networks.optimizer.param_groups:
+                group["lr"] = training.step_size(place.epoch, number / updates)
+            networks.optimizer.step()
+            place = replace(place, updates=place.updates + 1, step=place.step + (place.phase == "run"))
+            for remedy, memory in acting:
+                remedy.after_step(networks, memory, moment(), learned.features)
+            losses.append(learned.losses)
+            right.append(hits(learned.outputs, targets))
+            if after_update is not None:
+                after_update(place)
+        place = replace(place, epoch=place.epoch + 1)
+        for remedy, memory in acting:
+            remedy.after_epoch(networks, memory, moment())
+    return place, torch.cat(losses, 1), torch.cat(right, 1)
 
 
 @torch.no_grad()

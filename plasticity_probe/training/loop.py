@@ -177,9 +177,9 @@ class _Course:
     def _run(self, held: Resident) -> None:
         task = self.place.task
         if self.place.updates == 0:
-            self._save(unless_recent=True)
+            self._save_if_due()
             self._begin(held)
-        points = log_spaced(self._most_updates(held), self.setting.inside) if self.setting.has_checkpoints(task) else ()
+        points = self._points(held)
 
         def after_update(place: Place) -> None:
             self.place = place
@@ -192,8 +192,7 @@ class _Course:
         )
         self._record(held, self.learner, tally)
         self.tally = None
-        controlled = self.setting.has_control(task)
-        if controlled:
+        if self.setting.has_control(task):
             self.place = Place(task, "control", step=self.place.step)
         else:
             self._finish_task()
@@ -235,15 +234,17 @@ class _Course:
         at = self.place
         return Moment(self.seeds, at.task, at.epoch, at.step, held.tasks, self.setting.training.batch)
 
-    def _most_updates(self, held: Resident) -> int:
-        training = self.setting.training
-        return training.epochs_of(self.place.task) * updates_of(held.size, training.batch)
+    def _points(self, held: Resident) -> frozenset[int]:
+        """The updates of this task after which weights are kept."""
+        training, task = self.setting.training, self.place.task
+        most = training.epochs_of(task) * updates_of(held.size, training.batch)
+        return log_spaced(most, self.setting.inside) if self.setting.has_checkpoints(task) else frozenset()
 
     def _after_epoch(self, place: Place) -> None:
         self.place = place
         text = f"task {place.task}" + (" (control)" if place.phase == "control" else "")
         self.progress.show(place, self.setting.training.epochs_of(place.task), text)
-        self._save(unless_recent=True)
+        self._save_if_due()
 
     def _checkpoint(self, remedied: bool = False) -> None:
         """Keeps the weights of every seed that has not diverged."""
@@ -279,8 +280,8 @@ class _Course:
                 return False
         return True
 
-    def _save(self, *, unless_recent: bool) -> None:
-        if unless_recent and time.monotonic() - self.saved < self.save_every:
+    def _save_if_due(self) -> None:
+        if time.monotonic() - self.saved < self.save_every:
             return
         tensors = _named(self.learner, "run")
         if self.control is not None:
