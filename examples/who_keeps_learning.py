@@ -6,12 +6,18 @@ Run it with `python examples/who_keeps_learning.py`: the digits, three seeds, ha
     python examples/who_keeps_learning.py --seeds 30 --tasks 15 --epochs 40
     python examples/who_keeps_learning.py --data mnist --seeds 30 --tasks 20 --epochs 40
 
-Every setting is a run folder below --out; what is finished is not trained again. Writes scores.csv there, and figures.
+Every setting is a run folder below --out, trained by a process with one thread, as many at a time as there are cores; what is finished is not
+trained again. Writes scores.csv there, and figures.
 """
 
 import argparse
 import csv
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+
+import torch
 
 from plasticity_probe.report.courses import course_grid, final_scores
 from plasticity_probe.report.draw import draw, draw_courses
@@ -25,50 +31,61 @@ ACTIVATIONS = ("relu", "leaky-relu", "tanh", "identity")
 REMEDIES = ("none", "l2-init", "shrink-perturb", "layer-norm", "redo")
 PROTOCOL_OF = {"digits": "random-label-digits", "mnist": "lewandowski-random-label-mnist"}
 
-parser = argparse.ArgumentParser()
-parser.add_argument("--data", choices=PROTOCOL_OF, default="digits")
-parser.add_argument("--seeds", type=int, default=3)
-parser.add_argument("--tasks", type=int, default=6)
-parser.add_argument("--epochs", type=int, default=20)
-parser.add_argument("--remedies", nargs="+", default=REMEDIES)
-parser.add_argument("--out", type=Path, default=Path("runs/who-keeps-learning"))
-given = parser.parse_args()
 
-protocol = PROTOCOLS[PROTOCOL_OF[given.data]]
-found: dict[str, dict[str, tuple[Outcome, ...]]] = {}
-for activation in ACTIVATIONS:
-    found[activation] = {}
-    for remedy in given.remedies:
-        setting = protocol.setting.changed(protocol.variants[activation]).changed(
-            {
-                "stream.tasks": given.tasks,
-                "training.epochs": given.epochs,
-                "remedies": () if remedy == "none" else (remedy_named(remedy),),
-                # A fresh network on the last task alone tells what could have been reached there.
-                "control_every": given.tasks,
-                "checkpoint_every": 0,
-            }
-        )
-        folder = given.out / given.data / f"{activation}-{remedy}"
-        run = train(setting, range(given.seeds), folder, resume=True, protocol=protocol.name)
-        found[activation][remedy] = run.outcomes
+def learn(given: argparse.Namespace, activation: str, remedy: str) -> tuple[Outcome, ...]:
+    torch.set_num_threads(1)
+    protocol = PROTOCOLS[PROTOCOL_OF[given.data]]
+    setting = protocol.setting.changed(protocol.variants[activation]).changed(
+        {
+            "stream.tasks": given.tasks,
+            "training.epochs": given.epochs,
+            "remedies": () if remedy == "none" else (remedy_named(remedy),),
+            # A fresh network on the last task alone tells what could have been reached there.
+            "control_every": given.tasks,
+            "checkpoint_every": 0,
+        }
+    )
+    folder = given.out / given.data / f"{activation}-{remedy}"
+    return train(setting, range(given.seeds), folder, resume=True, protocol=protocol.name).outcomes
 
-with (given.out / given.data / "scores.csv").open("w", newline="") as file:
-    writer = csv.writer(file)
-    writer.writerow(["activation", "remedy", "task", "seed", "network", "status", "accuracy", "online_accuracy"])
-    for activation, settings in found.items():
-        for remedy, outcomes in settings.items():
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--data", choices=PROTOCOL_OF, default="digits")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tasks", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--remedies", nargs="+", default=REMEDIES)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, default=Path("runs/who-keeps-learning"))
+    given = parser.parse_args()
+
+    settings = [(activation, remedy) for activation in ACTIVATIONS for remedy in given.remedies]
+    with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as workers:
+        learned = list(workers.map(learn, [given] * len(settings), *zip(*settings, strict=True)))
+    found: dict[str, dict[str, tuple[Outcome, ...]]] = {activation: {} for activation in ACTIVATIONS}
+    for (activation, remedy), outcomes in zip(settings, learned, strict=True):
+        found[activation][remedy] = outcomes
+
+    folder = given.out / given.data
+    with (folder / "scores.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["activation", "remedy", "task", "seed", "network", "status", "accuracy", "online_accuracy"])
+        for (activation, remedy), outcomes in zip(settings, learned, strict=True):
             for o in outcomes:
                 writer.writerow(
                     [activation, remedy, o.task, o.seed, o.network, o.status, o.accuracy, o.online_accuracy]
                 )
 
-print("| activation | remedy | first task | last task | fresh network on the last task | lost |")
-print("|---|---|---|---|---|---|")
-for activation, settings in found.items():
-    for remedy, outcomes in settings.items():
+    print("| activation | remedy | first task | last task | fresh network on the last task | lost |")
+    print("|---|---|---|---|---|---|")
+    for (activation, remedy), outcomes in zip(settings, learned, strict=True):
         first, *_, last = summarise(outcomes)
         print(f"| {activation} | {remedy} | {first.score} | {last.score} | {last.control} | {last.gap} |")
 
-draw_courses(course_grid(found, chance=1 / 10), given.out / given.data / "courses.png")
-draw(final_scores(found, chance=1 / 10), given.out / given.data / "last_task.png")
+    draw_courses(course_grid(found, chance=1 / 10), folder / "courses.png")
+    draw(final_scores(found, chance=1 / 10), folder / "last_task.png")
+
+
+if __name__ == "__main__":
+    main()
