@@ -9,19 +9,17 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from plasticity_probe.training import run_folder
 from plasticity_probe.training.batches import Resident, log_spaced, resident, updates_of
-from plasticity_probe.training.fitting import Learner, Place, Tally, finite, fit, new_learner, outcomes_of
-from plasticity_probe.training.outcomes import DIVERGED, Outcome, as_json, outcome_of
+from plasticity_probe.training.course import Course, as_saved, new_control, new_course, take_up
+from plasticity_probe.training.fitting import Learner, Place, Tally, finite, fit, outcomes_of
+from plasticity_probe.training.outcomes import DIVERGED, Outcome
 from plasticity_probe.training.remedies.remedy import Moment
 from plasticity_probe.training.run_folder import Manifest
 from plasticity_probe.training.run_plan import RunPlan, plan_run
-from plasticity_probe.training.seeding import derived_seed
 from plasticity_probe.training.settings import Setting
 
 SAVE_EVERY = 30.0
@@ -101,7 +99,7 @@ def train(
         run_folder.check_room(folder, plan.bytes)
         for number, group in enumerate(plan.groups):
             progress = _Progress(setting, number, len(plan.groups), report)
-            _Course(folder, plan, group, save_every, progress).carry_out()
+            _Group(folder, plan, group, save_every, progress).carry_out()
     return Run(folder, plan.manifest, run_folder.stored_outcomes(folder))
 
 
@@ -126,18 +124,14 @@ class _Progress:
 
 
 @dataclass(eq=False)
-class _Course:
-    """One group of seeds on its way through the stream."""
+class _Group:
+    """Trains one group of seeds in a run folder."""
 
     folder: Path
     plan: RunPlan
     seeds: tuple[int, ...]
     save_every: float
     progress: _Progress
-    outcomes: list[Outcome] = field(default_factory=list)
-    place: Place = field(default_factory=Place)
-    tally: Tally | None = None
-    control: Learner | None = None
     saved: float = field(default_factory=time.monotonic)
 
     @property
@@ -150,108 +144,103 @@ class _Course:
         """Name of this group's state."""
         return run_folder.group_name(self.seeds)
 
-    @property
-    def lost(self) -> set[int]:
-        """Seeds that have diverged."""
-        return {o.seed for o in self.outcomes if o.status == DIVERGED and o.network == "run"}
-
     def carry_out(self) -> None:
-        """Trains to the end of the stream."""
+        """Trains to the end of the stream, from the state that an interrupted process left where there is one."""
         stored = [o for o in run_folder.stored_outcomes(self.folder) if o.seed in self.seeds]
-        if self._finished(stored):
-            run_folder.drop_state(self.folder, self.name)
-            return
-        self.learner = new_learner(self.setting, self.plan.drawn, self.seeds, self.plan.device)
-        self._take_up()
-        while self.place.task < self.setting.stream.tasks and len(self.lost) < len(self.seeds):
-            task = self.place.task
-            held = resident(
-                [self.setting.stream.task(self.plan.source, task, seed) for seed in self.seeds], self.plan.device
-            )
-            if self.place.phase == "run":
-                self._run(held)
-            if self.place.phase == "control":
-                self._control(held)
+        if not _finished(self.setting, self.seeds, stored):
+            self._train()
         run_folder.drop_state(self.folder, self.name)
 
-    def _run(self, held: Resident) -> None:
-        task = self.place.task
-        if self.place.updates == 0:
-            self._save_if_due()
-            self._begin(held)
-        points = self._points(held)
+    def _train(self) -> None:
+        stream = self.setting.stream
+        course = new_course(self.plan, self.seeds)
+        if (found := run_folder.load_state(self.folder, self.name)) is not None:
+            take_up(course, self.plan, *found)
+        while course.place.task < stream.tasks and course.alive:
+            tasks = [stream.task(self.plan.source, course.place.task, seed) for seed in self.seeds]
+            held = resident(tasks, self.plan.device)
+            if course.place.phase == "run":
+                self._run(course, held)
+            if course.place.phase == "control":
+                self._control(course, held)
+
+    def _run(self, course: Course, held: Resident) -> None:
+        task = course.place.task
+        if course.place.updates == 0:
+            self._save_if_due(course)
+            self._begin(course, held)
+        points = self._points(task, held)
 
         def after_update(place: Place) -> None:
-            self.place = place
+            course.place = place
             if place.updates in points:
-                self._checkpoint()
+                self._checkpoint(course)
 
-        tally = self.tally = self.tally or Tally.empty(len(self.seeds), self.plan.device)
-        self.place = fit(
-            self.learner, held, self.setting, self.seeds, self.place, tally, after_update, self._after_epoch
-        )
-        self._record(held, self.learner, tally)
-        self.tally = None
+        self._fit(course, course.learner, held, after_update)
         if self.setting.has_control(task):
-            self.place = Place(task, "control", step=self.place.step)
+            course.place = Place(task, "control", step=course.place.step)
         else:
-            self._finish_task()
+            self._finish_task(course)
 
-    def _control(self, held: Resident) -> None:
-        if self.control is None:
-            alone = [derived_seed(seed, "control", self.place.task) for seed in self.seeds]
-            self.control = new_learner(self.setting, self.plan.drawn, alone, self.plan.device)
-        tally = self.tally = self.tally or Tally.empty(len(self.seeds), self.plan.device)
-        self.place = fit(self.control, held, self.setting, self.seeds, self.place, tally, None, self._after_epoch)
-        self._record(held, self.control, tally)
-        self.tally = self.control = None
-        self._finish_task()
+    def _control(self, course: Course, held: Resident) -> None:
+        course.control = course.control or new_control(self.plan, course)
+        self._fit(course, course.control, held, None)
+        course.control = None
+        self._finish_task(course)
 
-    def _finish_task(self) -> None:
-        self.place = Place(self.place.task + 1, step=self.place.step)
+    def _fit(
+        self, course: Course, learner: Learner, held: Resident, after_update: Callable[[Place], None] | None
+    ) -> None:
+        """Trains networks to the end of the task and records how it went."""
+        tally = course.tally = course.tally or Tally.empty(len(self.seeds), self.plan.device)
+        epochs = self.setting.training.epochs_of(course.place.task)
+
+        def after_epoch(place: Place) -> None:
+            course.place = place
+            text = f"task {place.task}" + (" (control)" if place.phase == "control" else "")
+            self.progress.show(place, epochs, text)
+            self._save_if_due(course)
+
+        course.place = fit(learner, held, self.setting, self.seeds, course.place, tally, after_update, after_epoch)
+        found = outcomes_of(held, learner, self.seeds, course.place, tally)
+        course.outcomes += [outcome for outcome in found if outcome.seed not in course.lost]
+        course.tally = None
+
+    def _finish_task(self, course: Course) -> None:
+        course.place = Place(course.place.task + 1, step=course.place.step)
         # The last weights come before the outcomes, so that a run whose outcomes are all there is whole.
-        if self.place.task == self.setting.stream.tasks and self.setting.has_checkpoints(self.place.task):
-            self._checkpoint()
+        if course.place.task == self.setting.stream.tasks and self.setting.has_checkpoints(course.place.task):
+            self._checkpoint(course)
         others = [o for o in run_folder.stored_outcomes(self.folder) if o.seed not in self.seeds]
-        run_folder.store_outcomes(self.folder, [*others, *self.outcomes])
+        run_folder.store_outcomes(self.folder, [*others, *course.outcomes])
 
-    def _begin(self, held: Resident) -> None:
+    def _begin(self, course: Course, held: Resident) -> None:
         """Keeps the weights that the task before left, and lets the remedies act."""
-        task, networks = self.place.task, self.learner.networks
-        kept = self.setting.has_checkpoints(task)
+        at, networks = course.place, course.learner.networks
+        kept = self.setting.has_checkpoints(at.task)
         if kept:
-            self._checkpoint()
-        if task == 0 or not self.setting.remedies:
+            self._checkpoint(course)
+        if at.task == 0 or not self.setting.remedies:
             return
         before = {name: weight.clone() for name, weight in networks.weights.items()} if kept else {}
-        moment = self._moment(held)
-        for remedy, memory in zip(self.setting.remedies, self.learner.memories, strict=True):
+        moment = Moment(self.seeds, at.task, at.epoch, at.step, held.tasks, self.setting.training.batch)
+        for remedy, memory in zip(self.setting.remedies, course.learner.memories, strict=True):
             remedy.before_task(networks, memory, moment)
         if any(not torch.equal(weight, networks.weights[name]) for name, weight in before.items()):
-            self._checkpoint(remedied=True)
+            self._checkpoint(course, remedied=True)
 
-    def _moment(self, held: Resident) -> Moment:
-        at = self.place
-        return Moment(self.seeds, at.task, at.epoch, at.step, held.tasks, self.setting.training.batch)
-
-    def _points(self, held: Resident) -> frozenset[int]:
-        """The updates of this task after which weights are kept."""
-        training, task = self.setting.training, self.place.task
+    def _points(self, task: int, held: Resident) -> frozenset[int]:
+        """The updates of a task after which weights are kept."""
+        training = self.setting.training
         most = training.epochs_of(task) * updates_of(held.size, training.batch)
         return log_spaced(most, self.setting.inside) if self.setting.has_checkpoints(task) else frozenset()
 
-    def _after_epoch(self, place: Place) -> None:
-        self.place = place
-        text = f"task {place.task}" + (" (control)" if place.phase == "control" else "")
-        self.progress.show(place, self.setting.training.epochs_of(place.task), text)
-        self._save_if_due()
-
-    def _checkpoint(self, remedied: bool = False) -> None:
+    def _checkpoint(self, course: Course, remedied: bool = False) -> None:
         """Keeps the weights of every seed that has not diverged."""
-        networks, at = self.learner.networks, self.place
+        networks, at = course.learner.networks, course.place
         sound = finite(networks).tolist()
         for index, seed in enumerate(self.seeds):
-            if seed in self.lost or not sound[index]:
+            if seed in course.lost or not sound[index]:
                 continue
             metadata = {
                 "run": run_folder.run_name(self.folder, seed),
@@ -266,63 +255,19 @@ class _Course:
             path = run_folder.checkpoint_path(self.folder, seed, at.step, remedied)
             run_folder.save_weights(path, networks.state_of(index), metadata)
 
-    def _record(self, held: Resident, learner: Learner, tally: Tally) -> None:
-        found = outcomes_of(held, learner, self.seeds, self.place, tally)
-        self.outcomes += [outcome for outcome in found if outcome.seed not in self.lost]
-
-    def _finished(self, stored: Sequence[Outcome]) -> bool:
-        last = self.setting.stream.tasks - 1
-        wanted = {"run", "control"} if self.setting.has_control(last) else {"run"}
-        for seed in self.seeds:
-            own = [o for o in stored if o.seed == seed]
-            lost = any(o.status == DIVERGED and o.network == "run" for o in own)
-            if not lost and {o.network for o in own if o.task == last} != wanted:
-                return False
-        return True
-
-    def _save_if_due(self) -> None:
-        if time.monotonic() - self.saved < self.save_every:
-            return
-        tensors = _named(self.learner, "run")
-        if self.control is not None:
-            tensors |= _named(self.control, "control")
-        tally = {} if self.tally is None else self.tally.sums
-        place: dict[str, Any] = {
-            **vars(self.place),
-            "outcomes": [as_json(outcome) for outcome in self.outcomes],
-            "reached": self.tally is not None and self.tally.reached,
-        }
-        run_folder.save_state(self.folder, self.name, tensors | {f"tally/{k}": v for k, v in tally.items()}, place)
-        self.saved = time.monotonic()
-
-    def _take_up(self) -> None:
-        """Goes on from the state that an interrupted process left, if it did."""
-        found = run_folder.load_state(self.folder, self.name)
-        if found is None:
-            return
-        tensors, known = run_folder.to_device(found[0], self.plan.device), found[1]
-        self.outcomes = [outcome_of(entry) for entry in known.pop("outcomes")]
-        reached = known.pop("reached")
-        self.place = Place(**known)
-        _remember(self.learner, tensors, "run")
-        if any(name.startswith("control/") for name in tensors):
-            alone = [derived_seed(seed, "control", self.place.task) for seed in self.seeds]
-            self.control = new_learner(self.setting, self.plan.drawn, alone, self.plan.device)
-            _remember(self.control, tensors, "control")
-        sums = {name.removeprefix("tally/"): t for name, t in tensors.items() if name.startswith("tally/")}
-        self.tally = Tally(sums, reached) if sums else None
+    def _save_if_due(self, course: Course) -> None:
+        if time.monotonic() - self.saved >= self.save_every:
+            run_folder.save_state(self.folder, self.name, *as_saved(course))
+            self.saved = time.monotonic()
 
 
-def _named(learner: Learner, prefix: str) -> dict[str, Tensor]:
-    held = {f"{prefix}/networks/{name}": tensor for name, tensor in learner.networks.memory().items()}
-    for number, memory in enumerate(learner.memories):
-        held |= {f"{prefix}/remedies/{number}/{name}": tensor for name, tensor in memory.items()}
-    return held
-
-
-def _remember(learner: Learner, tensors: dict[str, Tensor], prefix: str) -> None:
-    own = {name.removeprefix(f"{prefix}/"): t for name, t in tensors.items() if name.startswith(f"{prefix}/")}
-    learner.networks.remember({n.removeprefix("networks/"): t for n, t in own.items() if n.startswith("networks/")})
-    for number, memory in enumerate(learner.memories):
-        start = f"remedies/{number}/"
-        memory.update({name.removeprefix(start): t for name, t in own.items() if name.startswith(start)})
+def _finished(setting: Setting, seeds: Sequence[int], stored: Sequence[Outcome]) -> bool:
+    """Whether every seed has the outcomes of the last task, or has diverged."""
+    last = setting.stream.tasks - 1
+    wanted = {"run", "control"} if setting.has_control(last) else {"run"}
+    for seed in seeds:
+        own = [o for o in stored if o.seed == seed]
+        lost = any(o.status == DIVERGED and o.network == "run" for o in own)
+        if not lost and {o.network for o in own if o.task == last} != wanted:
+            return False
+    return True

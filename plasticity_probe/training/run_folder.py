@@ -22,7 +22,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from plasticity_probe.checkpoints.safetensors_files import read_safetensors, write_checkpoint
@@ -364,16 +363,6 @@ def leftovers(folder: Path) -> list[Path]:
         folder: The run folder.
     """
     return [path for path in folder.rglob(".*.part") if path.is_file()]
-
-
-def to_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Tensors on a device.
-
-    Args:
-        tensors: By name.
-        device: Where they are wanted.
-    """
-    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

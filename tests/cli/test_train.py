@@ -138,7 +138,7 @@ def test_an_interrupt_ends_with_130_and_resume_goes_on(tmp_path: Path, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("plasticity_probe.training.loop._Course._finish_task", interrupted)
+        patch.setattr("plasticity_probe.training.loop._Group._finish_task", interrupted)
         result = digits(tmp_path / "b" / "x")
     assert result.exit_code == 130, result.output
     assert "--resume" in result.output

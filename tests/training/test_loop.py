@@ -283,11 +283,11 @@ def test_a_state_that_did_not_hold_the_optimizer_would_be_found(
     class Killed(BaseException):
         pass
 
-    def dying(self: loop._Course) -> None:
+    def dying(*_: object) -> None:
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Course, "_finish_task", dying)
+        patch.setattr(loop._Group, "_finish_task", dying)
         with pytest.raises(Killed):
             train(TINY, [0], tmp_path / "x", save_every=0)
     tensors, place = run_folder.load_state(tmp_path / "x", "seeds_0") or ({}, {})

@@ -37,7 +37,6 @@ from plasticity_probe.training.run_folder import (
     save_weights,
     store_outcomes,
     stored_outcomes,
-    to_device,
     write_text,
 )
 from plasticity_probe.training.settings import Setting
@@ -466,8 +465,3 @@ def test_a_folder_is_made_once_with_its_parents(tmp_path: Path) -> None:
         with pytest.raises(RunError, match=r"cannot be made: .*; choose another with --out"):
             make_folder(place)
     assert (tmp_path / "a" / "b").is_dir()
-
-
-def test_tensors_move_by_name() -> None:
-    moved = to_device({"a": torch.zeros(2), "b": torch.ones(1)}, torch.device("meta"))
-    assert {name: tensor.device.type for name, tensor in moved.items()} == {"a": "meta", "b": "meta"}
