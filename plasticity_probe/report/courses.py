@@ -157,7 +157,10 @@ def course_grid(
         _lost_words(groups),
         _far_words(chance, near),
     ]
-    pad = max(0.03 * (max(known) - min(known)), 0.2)
+    span = max(known) - min(known)
+    pad = max(0.03 * span, 0.2)
+    # Single controls under bands stand one beside the other, behind the task that they belong to.
+    beside = 0.02 * span * max(len(panel.courses) for panel in panels) if banded else 0.0
     return CourseFigure(
         f"course-{score.field}".replace("_", "-"),
         title or _sentence(f"{score.words} along {counted(int(max(known)) + 1, 'task')}"),
@@ -169,7 +172,7 @@ def course_grid(
         near,
         scale,
         (low, high),
-        (min(known) - pad, max(known) + pad),
+        (min(known) - pad, max(known) + pad + beside),
         banded,
     )
 
