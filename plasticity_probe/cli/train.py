@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from plasticity_probe.cli.terminal import console, plain, progress, reported
+from plasticity_probe.cli.terminal import console, plain, printable, progress, reported
 
 if TYPE_CHECKING:
     from plasticity_probe.training.feature_world import FeatureWorld
@@ -108,18 +108,25 @@ def train(
     from plasticity_probe.training import loop
     from plasticity_probe.training.run_plan import plan_run
 
-    known: dict[str, Any] = {
-        "device": device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        "together": together,
-        "protocol": label,
-        "data_root": data_root,
-        "download": download,
-    }
+    planned = plan_run(
+        setting,
+        chosen,
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        together=together,
+        protocol=label,
+        data_root=data_root,
+        download=download,
+    )
     if plan:
-        show_plan(plan_run(setting, chosen, **known), folder, as_json)
+        show_plan(planned, folder, as_json)
         return
+    if not quiet:
+        typer.echo(
+            f"at most {planned.checkpoints:,} checkpoints and {planned.bytes / 1e6:,.1f} MB in {printable(str(folder))}",
+            err=True,
+        )
     with progress(quiet) as report:
-        run = loop.train(setting, chosen, folder, resume=resume, report=report, **known)
+        run = loop.carry_out(planned, folder, resume=resume, report=report)
         report(0, 1, "drawing figures")
         drawn = _drawn(folder) if figures else []
     show_run(run, as_json)

@@ -91,6 +91,30 @@ def train(
     plan = plan_run(
         setting, seeds, device=device, together=together, protocol=protocol, data_root=data_root, download=download
     )
+    return carry_out(plan, out, resume=resume, save_every=save_every, report=report)
+
+
+def carry_out(
+    plan: RunPlan,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    save_every: float = SAVE_EVERY,
+    report: Report | None = None,
+) -> Run:
+    """Carries out a planned run, as `train` does.
+
+    Args:
+        plan: The run.
+        out: The run folder: a new or empty one, or that of the same run with `resume`.
+        resume: Go on with a run that was interrupted; a finished one is returned as it is.
+        save_every: Seconds of training that a kill may cost.
+        report: Called as report(done, total, what is being done).
+
+    Raises:
+        UsageError: The folder holds something else.
+        RunError: The folder cannot be written, lacks the room, or another process trains there.
+    """
     folder = Path(out)
     run_folder.open_run(folder, plan.manifest, resume=resume)
     with run_folder.alone(folder):
@@ -98,7 +122,7 @@ def train(
             part.unlink(missing_ok=True)
         run_folder.check_room(folder, plan.bytes)
         for number, group in enumerate(plan.groups):
-            progress = _Progress(setting, number, len(plan.groups), report)
+            progress = _Progress(plan.setting, number, len(plan.groups), report)
             _Group(folder, plan, group, save_every, progress).carry_out()
     return Run(folder, plan.manifest, run_folder.stored_outcomes(folder))
 

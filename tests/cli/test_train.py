@@ -167,3 +167,11 @@ def test_protocols_and_remedies_are_listed_with_their_sources() -> None:
     for name, remedy in REMEDIES.items():
         assert name in shown.stdout
         assert remedy.source.split(",")[0].split("(")[0].strip() in " ".join(shown.stdout.split())
+
+
+def test_what_the_run_takes_on_disk_is_said_before_it_starts(tmp_path: Path) -> None:
+    loud = [word for word in QUICK if word != "--quiet"]
+    result = probe("random-label-digits", "--seeds", 2, "--out", tmp_path / "x", *loud)
+    assert result.exit_code == 0, result.output
+    assert "at most 8 checkpoints and" in result.stderr
+    assert "at most" not in result.stdout
