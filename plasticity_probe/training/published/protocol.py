@@ -8,6 +8,19 @@ from plasticity_probe.training.feature_world import FeatureWorld
 from plasticity_probe.training.settings import Setting
 
 Changes = Mapping[str, Any]
+"""New values of a setting by dotted name, as `Setting.changed` takes them."""
+
+
+MOMENTUM: Changes = {"optimizer": "sgd", "optimizer_settings": {"momentum": 0.9}}
+"""SGD with momentum 0.9, as fields of `Training`."""
+RESNET18: Changes = {"name": "resnet18"}
+"""The network of most papers on images."""
+SMALL_IMAGES: Changes = {
+    "data.examples": 4000,
+    "network.width": 8,
+    "network.depth": 1,
+    "seeds": 3,
+}
 
 
 @dataclass(frozen=True)

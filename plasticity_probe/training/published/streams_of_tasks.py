@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from plasticity_probe.training.published.protocol import Changes, Protocol
+from plasticity_probe.training.published.protocol import MOMENTUM, RESNET18, SMALL_IMAGES, Changes, Protocol
 from plasticity_probe.training.remedies.resets import ZeroHead
 from plasticity_probe.training.settings import Data, Setting, Training
 from plasticity_probe.training.streams.classes import ClassIncremental, ClassPairs
@@ -17,15 +17,6 @@ _ACTIVATIONS: Mapping[str, Changes] = {
     "identity": {"network.name": "mlp-identity"},
     "crelu": {"network.name": "mlp-crelu"},
 }
-_SGD = {"optimizer": "sgd", "optimizer_settings": {"momentum": 0.9}}
-_RESNET = {"name": "resnet18"}
-_SMALL_IMAGES: Changes = {
-    "data.examples": 4000,
-    "network.width": 8,
-    "network.depth": 1,
-    "seeds": 3,
-}
-
 STREAMS_OF_TASKS = (
     Protocol(
         name="lewandowski-random-label-mnist",
@@ -167,7 +158,7 @@ STREAMS_OF_TASKS = (
             ClassPairs(tasks=2000, train_per_class=600, test_per_class=100),
             Data("imagenet32"),
             {"name": "convnet", "channels": [32, 64, 128], "kernel": 5, "hidden": 128},
-            Training(epochs=(250,), batch=100, learning_rate=0.01, **_SGD),
+            Training(epochs=(250,), batch=100, learning_rate=0.01, **MOMENTUM),
             remedies=(ZeroHead(),),
             control_every=100,
             checkpoint_every=100,
@@ -198,7 +189,7 @@ STREAMS_OF_TASKS = (
         setting=Setting(
             ClassIncremental(tasks=20, classes_per_task=5),
             Data("cifar100"),
-            _RESNET,
+            RESNET18,
             Training(
                 epochs=(200,),
                 batch=90,
@@ -211,7 +202,7 @@ STREAMS_OF_TASKS = (
         ),
         seeds=30,
         small={
-            **_SMALL_IMAGES,
+            **SMALL_IMAGES,
             "data.name": "cifar10",
             "stream.tasks": 5,
             "stream.classes_per_task": 2,

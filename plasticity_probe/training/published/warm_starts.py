@@ -1,20 +1,11 @@
 """Protocols in which data grows: does a network that was trained before generalise worse than a fresh one?"""
 
 from plasticity_probe.training.feature_world import FeatureWorld
-from plasticity_probe.training.published.protocol import Changes, Protocol
+from plasticity_probe.training.published.protocol import MOMENTUM, RESNET18, SMALL_IMAGES, Protocol
 from plasticity_probe.training.remedies.resets import FreshOptimizer, ResetModules
 from plasticity_probe.training.settings import Data, Setting, Training
 from plasticity_probe.training.streams.classes import MultiStage
 from plasticity_probe.training.streams.growing import GrowingChunks, NoisyStages, SmoothTransition, TwoStage
-
-_SGD = {"optimizer": "sgd", "optimizer_settings": {"momentum": 0.9}}
-_RESNET = {"name": "resnet18"}
-_SMALL_IMAGES: Changes = {
-    "data.examples": 4000,
-    "network.width": 8,
-    "network.depth": 1,
-    "seeds": 3,
-}
 
 WARM_STARTS = (
     Protocol(
@@ -28,7 +19,7 @@ WARM_STARTS = (
         setting=Setting(
             TwoStage(fraction=0.5),
             Data("cifar10"),
-            _RESNET,
+            RESNET18,
             Training(epochs=(350, 500), batch=128, learning_rate=1e-3, test_last=100),
             remedies=(FreshOptimizer(),),
             inside=6,
@@ -45,7 +36,7 @@ WARM_STARTS = (
             "pretraining-5": {"training.epochs": (5, 500)},
             "pretraining-10": {"training.epochs": (10, 500)},
         },
-        small={**_SMALL_IMAGES, "training.epochs": (35, 50), "training.test_last": 10, "inside": 0},
+        small={**SMALL_IMAGES, "training.epochs": (35, 50), "training.test_last": 10, "inside": 0},
     ),
     Protocol(
         name="berariu-smooth-transition",
@@ -58,13 +49,13 @@ WARM_STARTS = (
         setting=Setting(
             SmoothTransition(gamma=0.5),
             Data("cifar10"),
-            _RESNET,
+            RESNET18,
             Training(epochs=(500,), batch=128, learning_rate=1e-3, test_last=100),
             inside=6,
         ),
         seeds=5,
         variants={f"gamma-{tenth / 10}": {"stream.gamma": tenth / 10} for tenth in range(1, 10)},
-        small={**_SMALL_IMAGES, "training.epochs": (50,), "training.test_last": 10, "inside": 0},
+        small={**SMALL_IMAGES, "training.epochs": (50,), "training.test_last": 10, "inside": 0},
     ),
     Protocol(
         name="berariu-multi-stage",
@@ -76,7 +67,7 @@ WARM_STARTS = (
         setting=Setting(
             MultiStage(tasks=5, iid_fraction=0.5),
             Data("cifar10"),
-            _RESNET,
+            RESNET18,
             Training(epochs=(350, 350, 350, 350, 500), batch=128, learning_rate=1e-3, until=1.0, test_last=100),
             remedies=(FreshOptimizer(),),
         ),
@@ -86,7 +77,7 @@ WARM_STARTS = (
             "n-1": {"stream.tasks": 2, "training.epochs": (350, 500)},
             "n-9": {"stream.tasks": 10, "training.epochs": (*(350,) * 9, 500)},
         },
-        small={**_SMALL_IMAGES, "training.epochs": (30,), "training.test_last": 5},
+        small={**SMALL_IMAGES, "training.epochs": (30,), "training.test_last": 5},
     ),
     Protocol(
         name="berariu-reset",
@@ -99,13 +90,13 @@ WARM_STARTS = (
         setting=Setting(
             TwoStage(fraction=0.5),
             Data("cifar10"),
-            _RESNET,
+            RESNET18,
             Training(epochs=(350, 500), batch=128, learning_rate=1e-3, test_last=100),
             remedies=(FreshOptimizer(), ResetModules(last=4)),
         ),
         seeds=5,
         variants={f"last-{k}": {"remedies": (FreshOptimizer(), ResetModules(last=k))} for k in range(1, 7)},
-        small={**_SMALL_IMAGES, "training.epochs": (35, 50), "training.test_last": 10},
+        small={**SMALL_IMAGES, "training.epochs": (35, 50), "training.test_last": 10},
     ),
     Protocol(
         name="berariu-width-depth",
@@ -118,7 +109,7 @@ WARM_STARTS = (
         setting=Setting(
             TwoStage(fraction=0.5),
             Data("cifar10"),
-            {**_RESNET, "width": 64, "depth": 2},
+            {**RESNET18, "width": 64, "depth": 2},
             Training(epochs=(350, 500), batch=128, learning_rate=1e-3, test_last=100),
             remedies=(FreshOptimizer(),),
         ),
@@ -146,7 +137,7 @@ WARM_STARTS = (
         setting=Setting(
             TwoStage(fraction=0.5, held_out=1 / 3),
             Data("cifar10", normalise="symmetric"),
-            {**_RESNET, "width": 16},
+            {**RESNET18, "width": 16},
             Training(epochs=(350,), batch=128, learning_rate=1e-3, until=0.99),
             remedies=(FreshOptimizer(),),
             inside=4,
@@ -177,7 +168,7 @@ WARM_STARTS = (
             GrowingChunks(tasks=50),
             Data("cifar10"),
             {"name": "resnet18-max-pool"},
-            Training(epochs=(1000,), batch=128, learning_rate=1e-3, until=0.999, **_SGD),
+            Training(epochs=(1000,), batch=128, learning_rate=1e-3, until=0.999, **MOMENTUM),
             control_every=10,
             checkpoint_every=10,
         ),
@@ -230,7 +221,7 @@ WARM_STARTS = (
         setting=Setting(
             NoisyStages(shares=(0.1, 0.9), label_noise=(0.5, 0.0), noise_on="all"),
             Data("cifar10"),
-            _RESNET,
+            RESNET18,
             Training(
                 epochs=(100,),
                 batch=256,
@@ -244,6 +235,6 @@ WARM_STARTS = (
         variants={
             "continual": {"stream": NoisyStages.continual(noise_on="all")},
         },
-        small={**_SMALL_IMAGES, "training.epochs": (20,)},
+        small={**SMALL_IMAGES, "training.epochs": (20,)},
     ),
 )
