@@ -119,7 +119,7 @@ def demonstrate(
     each = outcomes[0].updates
     wanted = study(
         [checkpoint_path(folder, seed, task * each) for task in range(tasks + 1)],
-        _as_data(setting.stream.task(source, tasks, seed)),
+        _as_data(setting.stream.task(source, tasks, seed), trained.manifest.data),
         probes=_measured() if probes is None else probes,
         seed=seed,
         initial=read_checkpoint(checkpoint_path(folder, seed, 0)).state,
@@ -177,10 +177,10 @@ def _measured() -> dict[str, Probe[Any]]:
     return {label: probe for label, probe in probes.items() if label not in ("performance", "memorization")}
 
 
-def _as_data(task: Task) -> DataSet:
+def _as_data(task: Task, description: str) -> DataSet:
     # Not called "train": probes that compare training with held-out data must not take these labels for learned ones.
     relabelled = Split(task.inputs.numpy(), task.targets.numpy())
-    return DataSet("digits with random labels that no network learned", {"new task": relabelled})
+    return DataSet(f"{description}; with random labels that no network learned", {"new task": relabelled})
 
 
 def _of_outcomes(outcomes: Sequence[Outcome], fresh_start: Outcome) -> list[str]:
