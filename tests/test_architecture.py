@@ -12,7 +12,7 @@ import plasticity_probe
 
 ROOT = Path(plasticity_probe.__file__).parent
 FLOORS = [
-    {"errors", "references"},
+    {"errors", "references", "whole_files"},
     {"linalg", "locked_file", "measurement", "rank", "spectrum", "checkpoints", "data"},
     {"network", "training"},
     {"probe"},

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from plasticity_probe.checkpoints.refusals import parsing, refused
 from plasticity_probe.errors import UsageError
+from plasticity_probe.whole_files import write_whole
 
 OWN_KEY = "plasticity_probe"
 _TIED_KEY = "plasticity_probe_tied"
@@ -102,7 +101,12 @@ def write_checkpoint(path: str | Path, state: Mapping[str, Tensor], metadata: Ma
             f"the metadata of a checkpoint must be JSON (texts, numbers, lists, dictionaries): {error}"
         ) from error
     header = {OWN_KEY: text, _TIED_KEY: names, _DIGEST_KEY: _digest(tensors, text, names)}
-    _write_whole(Path(path), save(tensors, header))
+    try:
+        write_whole(Path(path), save(tensors, header))
+    except OSError as error:
+        raise refused(
+            "cannot be written", Path(path), f"{error.strerror}; choose a folder that exists and has room"
+        ) from error
 
 
 def _memory(tensor: Tensor, name: str) -> tuple[object, ...]:
@@ -128,22 +132,3 @@ def _object(text: str, path: Path) -> dict[str, Any]:
             "corrupt checkpoint", path, f"its metadata should be a JSON object and is a {type(value).__name__}"
         )
     return value
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    temporary: Path | None = None
-    try:
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False
-        ) as file:
-            temporary = Path(file.name)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise refused(
-            "cannot be written", path, f"{error.strerror}; choose a folder that exists and has room"
-        ) from error

@@ -9,10 +9,8 @@ Every file is written beside its place, flushed and renamed, so a kill at any mo
 """
 
 import json
-import os
 import platform
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -30,6 +28,7 @@ from plasticity_probe.locked_file import BusyError, LockedFile
 from plasticity_probe.training.kinds import as_object, made
 from plasticity_probe.training.outcomes import Outcome, as_json, in_order, read_outcomes
 from plasticity_probe.training.settings import Setting, read, written
+from plasticity_probe.whole_files import write_whole
 
 SCHEMA = "plasticity_probe.run/1"
 MANIFEST, OUTCOMES, STATE, LOCK = "manifest.json", "outcomes.jsonl", "state", "run.lock"
@@ -294,23 +293,12 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         RunError: It cannot be written.
     """
-    temporary: Path | None = None
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False
-        ) as file:
-            temporary = Path(file.name)
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_whole(path, text.encode())
     except OSError as error:
         raise RunError(
             f"{path} cannot be written: {error.strerror}; make room or choose another folder. What was saved before is whole."
         ) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)  # already gone unless something went wrong
 
 
 def check_room(folder: Path, needed: int) -> None:

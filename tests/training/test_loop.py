@@ -1,5 +1,6 @@
 import json
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -250,7 +251,7 @@ def test_a_run_that_dies_at_any_write_goes_on_to_the_same_weights_and_outcomes(
     class Killed(BaseException):
         pass
 
-    real, countdown = run_folder.os.replace, [0]
+    real, countdown = os.replace, [0]
 
     def dying(*args: object) -> None:
         countdown[0] -= 1
