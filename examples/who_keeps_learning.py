@@ -4,7 +4,7 @@ Run it with `python examples/who_keeps_learning.py`: the digits, three seeds, ha
 (1200 images, two hidden layers of 100) with thirty seeds and twenty tasks, as many as Lewandowski et al. 2023 ran, about an hour on two cores:
 
     python examples/who_keeps_learning.py --seeds 30 --tasks 15 --epochs 40
-    python examples/who_keeps_learning.py --data mnist --seeds 30 --tasks 20 --epochs 40
+    python examples/who_keeps_learning.py --data mnist --seeds 30 --tasks 20 --epochs 30
 
 Every setting is a run folder below --out, trained by a process with one thread, as many at a time as there are cores; what is finished is not
 trained again. Writes scores.csv there, and figures.
