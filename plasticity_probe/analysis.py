@@ -3,7 +3,7 @@
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from html import escape
@@ -22,9 +22,11 @@ from plasticity_probe.network.subject import Subject
 from plasticity_probe.planning import check
 from plasticity_probe.probe import Probe
 from plasticity_probe.record import Checkpoint, Record, run_probe
+from plasticity_probe.run_tasks import RunTasks
 from plasticity_probe.study import Model, Network, Study, study
 from plasticity_probe.trace.layout import Row, canonical
 from plasticity_probe.trace.memory import MemoryTrace
+from plasticity_probe.trace.outcome_rows import OUTCOMES
 from plasticity_probe.trace.rows import row_of
 from plasticity_probe.trace.writer import TraceWriter, open_for_append
 
@@ -173,6 +175,8 @@ def run(
         progress: Called as report(done, total, text).
     """
     settings = {label: canonical(wanted.settings(label)) for label in wanted.probes}
+    if wanted.tasks is not None:
+        settings[OUTCOMES] = canonical(wanted.tasks.outcome_settings)
     if trace is None:
         return _Run(wanted, MemoryTrace(), progress).analysis(None)
     with open_for_append(Path(trace), settings, provenance(wanted), retry_failed=retry_failed) as writer:
@@ -197,10 +201,13 @@ class _Run:
         self.notes.append(f"data: {self.wanted.material.description}")
         build: Callable[[], nn.Module] | None = None
         checked = False
+        runs: dict[int, str] = {}
         for index, read in enumerate(self.wanted.networks()):
             network = self._read(read, index)
             if network is None:
                 continue
+            if self.wanted.tasks is not None:
+                runs[self.wanted.tasks.seed_of(Path(network.checkpoint.path))] = network.checkpoint.run
             with isolated():
                 made = self._subject(network, index)
             if made is None:
@@ -214,6 +221,8 @@ class _Run:
         if build is not None:
             for replicate in range(self.wanted.fresh):
                 self._measure_fresh(build, replicate)
+        if self.wanted.tasks is not None:
+            self._keep_outcomes(self.wanted.tasks, runs)
         return Analysis(tuple(self.rows), tuple(self.records), tuple(self.notes), trace)
 
     def _read(self, read: Callable[[], Network], index: int) -> Network | None:
@@ -250,6 +259,13 @@ class _Run:
         else:
             missing = self.wanted.fresh_subject(build, replicate)
         self._measure(missing, place)
+
+    def _keep_outcomes(self, tasks: RunTasks, runs: Mapping[int, str]) -> None:
+        """What became of the tasks goes into the trace too, so that it can be read without the run folder."""
+        known = {row.key for row in self.store.rows}
+        for row in tasks.outcomes(runs):
+            if row.key not in known:
+                self.store.append(row)
 
     def _measure(self, made: Subject | None, place: Checkpoint) -> None:
         for label, probe in self.wanted.probes.items():

@@ -16,7 +16,9 @@ from plasticity_probe.errors import CheckpointError, DataError, UnknownNameError
 from plasticity_probe.material import Material
 from plasticity_probe.network.examples import Examples, keep
 from plasticity_probe.references import is_reference
-from plasticity_probe.training.run_folder import Manifest, checkpoint_path, read_manifest
+from plasticity_probe.trace.layout import Row
+from plasticity_probe.trace.outcome_rows import rows_of_outcomes
+from plasticity_probe.training.run_folder import Manifest, checkpoint_path, read_manifest, stored_outcomes
 from plasticity_probe.training.seeding import generator
 from plasticity_probe.training.settings import written
 from plasticity_probe.training.sources import load_source, source_sha256
@@ -109,8 +111,40 @@ class RunTasks:
     @property
     def identity(self) -> dict[str, Any]:
         """What tells these examples from others, as settings of a measurement."""
+        return {"on": self.on, **self.outcome_settings, "examples": self.examples}
+
+    @property
+    def outcome_settings(self) -> dict[str, Any]:
+        """What is the same for the outcomes of all runs that differ in their seeds alone."""
         text = dumps([written(self.manifest.setting), self.manifest.source_sha256], sort_keys=True)
-        return {"on": self.on, "run_sha256": sha256(text.encode()).hexdigest(), "examples": self.examples}
+        return {"run_sha256": sha256(text.encode()).hexdigest()}
+
+    def seed_of(self, path: Path) -> int:
+        """The seed of the run that a checkpoint belongs to.
+
+        Args:
+            path: The checkpoint.
+
+        Raises:
+            DataError: It does not say where it stands in this run.
+        """
+        return self._standing(path).seed
+
+    def outcomes(self, runs: Mapping[int, str]) -> list[Row]:
+        """What became of the tasks of runs, as rows of a trace; none where the folder holds no outcomes.
+
+        Args:
+            runs: For each seed the name of its run.
+        """
+        setting = self.manifest.setting
+        about = {
+            "configuration": self.folder.resolve().name,
+            "protocol": self.manifest.protocol,
+            "stream": setting.stream.name,
+            "network": str(setting.network.get("name", "")),
+            "remedies": ", ".join(remedy.name for remedy in setting.remedies) or "none",
+        }
+        return rows_of_outcomes(stored_outcomes(self.folder), runs, self.outcome_settings, about)
 
     def _standing(self, path: Path) -> Standing:
         return self.standings.get(path) or standing_of(path, self.manifest)

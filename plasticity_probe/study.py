@@ -31,6 +31,7 @@ from plasticity_probe.probe import Probe, generator_for
 from plasticity_probe.record import Checkpoint
 from plasticity_probe.references import is_reference, resolve
 from plasticity_probe.run_tasks import RunTasks, run_tasks
+from plasticity_probe.trace.outcome_rows import OUTCOMES
 from plasticity_probe.training.standing import run_folders
 
 Model = nn.Module | str | Path | Sequence[str | Path]
@@ -209,6 +210,10 @@ def study(
     """
     problems: list[str] = []
     chosen = _attempt(problems, lambda: resolve_probes(probes), {})
+    if OUTCOMES in chosen:
+        problems.append(
+            f"no probe can be labelled {OUTCOMES!r}: a trace holds the outcomes of tasks there; choose another label"
+        )
     if fresh < 0 or examples < 1:
         problems.append(f"fresh must be at least 0 and examples at least 1, got {fresh} and {examples}")
     paths = _attempt(problems, lambda: _paths(model), ())

@@ -18,7 +18,7 @@ FLOORS = [
     {"probe"},
     {"probes", "record", "registry", "functional", "testing"},
     {"trace"},
-    {"comparison", "material", "run_tasks", "study", "planning", "analysis", "demonstration"},
+    {"comparison", "material", "run_tasks", "study", "planning", "analysis", "demonstration", "prediction", "example_memorization"},
     {"report"},
     {"cli"},
 ]
@@ -31,6 +31,8 @@ WITHIN = {
     "run_tasks": {"material"},
     "analysis": {"comparison", "planning", "study"},
     "demonstration": {"analysis", "comparison", "study"},
+    "prediction": {"comparison"},
+    "example_memorization": {"prediction", "run_tasks"},
     "references": {"errors"},
 }
 MODULES = sorted(p for p in ROOT.rglob("*.py") if p.parent != ROOT or p.stem not in ("__init__", "__main__"))
@@ -125,6 +127,9 @@ def test_hooks_live_in_capture_alone() -> None:
         "plasticity_probe.report.figures",
         "plasticity_probe.report.draw",
         "plasticity_probe.trace.reader",
+        "plasticity_probe.trace.outcome_rows",
+        "plasticity_probe.prediction.verdict",
+        "plasticity_probe.prediction.alignment",
     ],
 )
 def test_torch_is_not_imported_by(module: str) -> None:

@@ -14,6 +14,7 @@ from plasticity_probe.measurement import Field, Quantity, Summary, summarise
 from plasticity_probe.report.panels import Numbers, drawable
 from plasticity_probe.report.wording import plain
 from plasticity_probe.trace.layout import LENGTH_OF, POSITION_OF, ROW
+from plasticity_probe.trace.outcome_rows import OUTCOMES
 
 NORMAL_95 = 1.959963984540054
 """The 97.5 % quantile of the normal distribution: an estimate and this many standard errors to either side is its 95 % interval."""
@@ -146,13 +147,13 @@ class Group:
 
 
 def groups(tree: xr.DataTree) -> list[Group]:
-    """The probes of a trace that have rows.
+    """The probes of a trace that have rows; outcomes of tasks are no probe's.
 
     Args:
         tree: As `plasticity_probe.trace.reader.open_trace` returns it.
     """
     found = ((label, child.to_dataset(inherit=False)) for label, child in tree.children.items())
-    return [Group(str(label), dataset) for label, dataset in found if dataset.sizes.get(ROW, 0) > 0]
+    return [Group(str(label), data) for label, data in found if data.sizes.get(ROW, 0) > 0 and label != OUTCOMES]
 
 
 def headline_quantities(group: Group) -> list[Measured]:

@@ -28,6 +28,7 @@ from plasticity_probe.trace.layout import (
     Key,
     Row,
 )
+from plasticity_probe.trace.outcome_rows import OUTCOMES
 from plasticity_probe.trace.tree import dataset_tree, rows_of
 
 PathLike = str | os.PathLike[str]
@@ -52,9 +53,22 @@ def open_trace(path: PathLike | Sequence[PathLike]) -> xr.DataTree:
     """
     if isinstance(path, str | os.PathLike):
         return dataset_tree(read_rows(path))
-    files = {os.fspath(item): read_rows(item) for item in path}
-    rows, sources = _joined(files)
-    return dataset_tree(rows, sources)
+    return dataset_tree(*joined_rows(path))
+
+
+def joined_rows(paths: Iterable[PathLike]) -> tuple[list[Row], list[str]]:
+    """The rows of several traces as those of one, joined as `open_trace` says.
+
+    Args:
+        paths: The files.
+
+    Returns:
+        The rows, and for each the trace it was read from.
+
+    Raises:
+        TraceError: There is no such trace, or it is damaged, foreign or of a newer version.
+    """
+    return _joined({os.fspath(path): read_rows(path) for path in paths})
 
 
 def read_rows(path: PathLike) -> list[Row]:
@@ -166,7 +180,8 @@ def _conflicting(files: Iterable[list[Row]]) -> set[str]:
     for rows in files:
         own: dict[tuple[str, int], set[str]] = {}
         for row in rows:
-            if row.step >= 0 and row.network == "checkpoint":
+            # Outcomes stand at steps whose checkpoint another file may hold; they are no checkpoint.
+            if row.step >= 0 and row.network == "checkpoint" and row.probe != OUTCOMES:
                 own.setdefault((row.run, row.step), set()).add(row.sha256)
         apart |= {place[0] for place, hashes in own.items() if place in known and not hashes & known[place]}
         for place, hashes in own.items():

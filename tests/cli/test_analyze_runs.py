@@ -7,8 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from plasticity_probe.errors import PlanError
+from plasticity_probe.probes.performance import PerformanceProbe
+from plasticity_probe.study import study
+from plasticity_probe.trace.outcome_rows import OUTCOMES, outcomes_of_rows
 from plasticity_probe.trace.reader import read_rows
 from plasticity_probe.training.loop import train
+from plasticity_probe.training.outcomes import as_json, read_outcomes
 from plasticity_probe.training.settings import Setting, Training
 from plasticity_probe.training.streams import GrowingChunks, RandomLabels
 
@@ -57,13 +62,27 @@ def test_a_trace_goes_on_with_its_own_task_and_refuses_another(cli, run, tmp_pat
     trace = tmp_path / "t.h5"
     arguments = "analyze", run, "--probes", QUICK, "--trace", trace, "--no-figures", "--quiet"
     assert cli(*arguments, "--on", "next").code == 0
-    before = [row.seconds for row in read_rows(trace)]
-    assert len(before) == 2 * 7
+    before = [(row.key, row.seconds) for row in read_rows(trace)]
+    assert sum(key.probe != OUTCOMES for key, _ in before) == 2 * 7
     assert cli(*arguments, "--on", "next").code == 0
-    assert [row.seconds for row in read_rows(trace)] == before
+    assert [(row.key, row.seconds) for row in read_rows(trace)] == before
     refused = cli(*arguments, "--on", "current")
     assert refused.code == 5
     assert 'on: "next" in the trace, "current" now' in refused.err
+
+
+def test_what_became_of_the_tasks_goes_into_the_trace(cli, run, tmp_path) -> None:
+    trace = tmp_path / "t.h5"
+    seed = "seed_" + str(read_outcomes(run)[-1].seed)
+    assert cli("analyze", run / seed, "--probes", "performance", "--trace", trace, "--no-figures", "--quiet").code == 0
+    expected = [o for o in read_outcomes(run) if f"seed_{o.seed}" == seed]
+    (found,) = outcomes_of_rows(read_rows(trace)).values()
+    assert [as_json(o) for o in found] == [as_json(o) for o in expected]
+
+
+def test_no_probe_may_take_the_place_of_the_outcomes(run) -> None:
+    with pytest.raises(PlanError, match="no probe can be labelled 'outcomes'"):
+        study(run, probes={OUTCOMES: PerformanceProbe()})
 
 
 def test_checkpoints_left_out_are_counted_in_the_notes(cli, tmp_path) -> None:

@@ -1,0 +1,155 @@
+"""Rows of a trace become a panel: the weights that a task was learned from, beside what became of the task."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from plasticity_probe.prediction.alignment import align
+from plasticity_probe.prediction.verdict import assess
+from plasticity_probe.trace.layout import Row, Variable
+from plasticity_probe.trace.outcome_rows import rows_of_outcomes
+from plasticity_probe.training.outcomes import Outcome
+
+NAN = float("nan")
+UPDATES = 100
+ATTRS = {"long_name": "a rank", "units": "1", "shown": "True", "role": "value"}
+
+
+def outcome(seed: int, task: int, accuracy: float = 0.5, **changes: object) -> Outcome:
+    made = Outcome(
+        seed=seed, task=task, name=f"task {task}", network="run", status="ok", step=(task + 1) * UPDATES, updates=UPDATES,
+        epochs=1, loss=1.0 - accuracy, accuracy=accuracy, online_loss=1.0, online_accuracy=0.1, first_epoch_loss=2.0,
+        updates_to_threshold=NAN, test_loss=NAN, test_accuracy=NAN,
+    )  # fmt: skip
+    return replace(made, **changes)  # pyright: ignore[reportArgumentType]
+
+
+def measured(seed: int, task: int, value: float, step: int | None = None, **changes: object) -> Row:
+    at = task * UPDATES if step is None else step
+    made = Row(
+        probe="fisher_rank", settings=json.dumps({"run_sha256": "s", "on": "next"}), run=f"labels seed {seed}", step=at, task=task,
+        checkpoint=f"seed_{seed}/step_{at:08d}.safetensors", sha256=f"{seed} {at} {changes.get('checkpoint', '')}",
+        network="checkpoint", replicate=0, status="ok", message="", seconds=0.0, peak_bytes=NAN, seed=0,
+        variables={
+            "rank": Variable((), np.array(value), ATTRS),
+            "ceiling": Variable((), np.array(9.0), {**ATTRS, "role": "context"}),
+        },
+    )  # fmt: skip
+    return replace(made, **changes)  # pyright: ignore[reportArgumentType]
+
+
+def told(outcomes: Sequence[Outcome], configuration: str = "labels", sha: str = "s") -> list[Row]:
+    runs = {o.seed: f"{configuration} seed {o.seed}" for o in outcomes}
+    return rows_of_outcomes(outcomes, runs, {"run_sha256": sha}, {"configuration": configuration})
+
+
+def test_what_was_measured_before_a_task_stands_beside_its_outcome() -> None:
+    rows = [measured(0, t, 10.0 - t) for t in range(4)] + told([outcome(0, t, 0.9 - 0.1 * t) for t in range(3)])
+    found = align(rows)
+    assert found.panel.tasks == (0, 1, 2, 3)
+    assert found.panel.configurations == ("labels",)
+    assert list(found.panel.predictors) == ["fisher_rank.rank"]
+    assert found.panel.predictors["fisher_rank.rank"].tolist() == [[10, 9, 8, 7]]
+    assert found.panel.outcomes["trainability"] == pytest.approx(np.array([[0.9, 0.8, 0.7, NAN]]), nan_ok=True)
+    assert set(found.panel.outcomes) == {"trainability"}
+    assert found.meanings["fisher_rank.rank"] == "a rank"
+    assert found.notes == ()
+
+
+def test_checkpoints_from_inside_a_task_never_count() -> None:
+    rows = [measured(0, 0, 1.0), measured(0, 0, 99.0, step=50), measured(0, 1, 98.0, step=150)]
+    found = align(rows + told([outcome(0, 0), outcome(0, 1)]))
+    assert found.panel.predictors["fisher_rank.rank"] == pytest.approx(np.array([[1, NAN]]), nan_ok=True)
+    assert any("no checkpoint from their start" in note for note in found.notes)
+
+
+def test_of_two_at_the_start_the_weights_that_the_remedy_made_count() -> None:
+    remedied = measured(0, 1, 5.0, checkpoint="seed_0/step_00000100_remedied.safetensors")
+    for rows in ([measured(0, 1, 3.0), remedied], [remedied, measured(0, 1, 3.0)]):
+        found = align([measured(0, 0, 1.0), *rows, *told([outcome(0, 0), outcome(0, 1)])])
+        assert found.panel.predictors["fisher_rank.rank"].tolist() == [[1, 5]]
+
+
+def test_gaps_against_fresh_networks_are_negative_where_plasticity_was_lost() -> None:
+    own = [outcome(0, 0, 0.9), outcome(0, 1, 0.6), outcome(0, 1, 0.8, network="control")]
+    found = align([measured(0, 0, 1.0), *told(own)])
+    assert found.panel.outcomes["trainability_against_fresh"] == pytest.approx(np.array([[NAN, -0.2]]), nan_ok=True)
+
+
+def test_tasks_learned_to_values_are_outcomes_of_their_own_and_less_loss_is_more() -> None:
+    own = [outcome(0, t, accuracy=NAN, loss=1.0 + t, test_loss=2.0 + t) for t in range(2)]
+    found = align([measured(0, 0, 1.0), *told(own)])
+    assert set(found.panel.outcomes) == {"trainability_by_loss", "generalisation_by_loss"}
+    assert found.panel.outcomes["trainability_by_loss"].tolist() == [[-1, -2]]
+    assert found.panel.outcomes["generalisation_by_loss"].tolist() == [[-2, -3]]
+
+
+def test_configurations_are_told_apart_by_their_setting_and_named_by_their_folder() -> None:
+    other = told([outcome(7, 0)], "other", "t")
+    same_name = [replace(row, run="again") for row in told([outcome(8, 0)], "labels", "u")]
+    found = align([*told([outcome(0, 0), outcome(1, 0)]), *other, *same_name])
+    assert found.panel.configurations == ("labels (s)", "other", "labels (u)")
+    assert found.panel.configuration_of.tolist() == [0, 0, 1, 2]
+
+
+def test_measurements_that_did_not_end_well_are_missing() -> None:
+    rows = [measured(0, 0, 1.0), measured(0, 1, 2.0, status="not_converged", message="why")]
+    found = align(rows + told([outcome(0, 0), outcome(0, 1)]))
+    assert found.panel.predictors["fisher_rank.rank"] == pytest.approx(np.array([[1, NAN]]), nan_ok=True)
+    assert any("1 of 2 measurements did not end well" in note for note in found.notes)
+
+
+def test_diverged_tasks_have_no_outcome() -> None:
+    found = align([measured(0, 0, 1.0), *told([outcome(0, 0), outcome(0, 1, NAN, status="diverged")])])
+    assert math.isnan(found.panel.outcomes["trainability"][0, 1])
+    assert any("diverged" in note for note in found.notes)
+
+
+def test_series_on_several_data_are_several_predictors() -> None:
+    current = measured(0, 0, 7.0, settings=json.dumps({"run_sha256": "s", "on": "current"}))
+    found = align([measured(0, 0, 1.0), current, *told([outcome(0, 0)])])
+    assert found.panel.predictors["fisher_rank.rank on next"].tolist() == [[1]]
+    assert found.panel.predictors["fisher_rank.rank on current"].tolist() == [[7]]
+
+
+def test_a_trace_without_outcomes_says_so() -> None:
+    found = align([measured(0, t, float(t)) for t in range(3)])
+    assert found.panel.outcomes == {}
+    assert any("have no outcomes" in note for note in found.notes)
+
+
+def test_nothing_gives_nothing() -> None:
+    assert align([]).panel.runs == ()
+
+
+def test_the_future_changes_no_number() -> None:
+    """Everything from task 5 on is replaced; what is said of the outcomes up to task 4 stays as it was."""
+
+    def rows(late: float) -> list[Row]:
+        noise = np.random.default_rng(1).random((6, 8))
+        late_noise = noise + late * np.random.default_rng(2).random((6, 8))
+        value = np.where(np.arange(8) < 5, noise, late_noise)
+        own = [measured(s, t, value[s, t]) for s in range(6) for t in range(8)]
+        return own + told([outcome(s, t, float(value[s - 1, t])) for s in range(6) for t in range(8)])
+
+    def upto(late: float) -> object:
+        panel = align(rows(late)).panel
+        cut = replace(
+            panel,
+            outcomes={name: np.where(np.arange(8) < 5, v, NAN) for name, v in panel.outcomes.items()},
+        )
+        judged = assess(cut, "trainability")[0]
+        e = judged.evidence
+        return (
+            judged.text,
+            e.association.values.tolist(),
+            e.gain,
+            e.transfer.mean,
+            [v.value for lead, v in e.leads.items() if lead >= 0],
+        )
+
+    assert str(upto(0.0)) == str(upto(5.0))
