@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from plasticity_probe.probes.memorization import Memorization, memorization
     from plasticity_probe.probes.norms import GradientNorms, WeightNorms, gradient_norms, weight_norms
     from plasticity_probe.probes.performance import Performance, performance
+    from plasticity_probe.probes.readiness import Readiness, readiness
     from plasticity_probe.probes.spectrum import hessian_spectrum
     from plasticity_probe.probes.trainability import Trainability, trainability
     from plasticity_probe.probes.units import UnitActivity, dead_units
@@ -44,6 +45,7 @@ _HOMES = {
     "Probe": "probe",
     "Quantity": "measurement",
     "Rank": "rank",
+    "Readiness": "probes.readiness",
     "Spectrum": "spectrum",
     "Status": "measurement",
     "Subject": "network.subject",
@@ -60,6 +62,7 @@ _HOMES = {
     "memorization": "probes.memorization",
     "open_trace": "trace.reader",
     "performance": "probes.performance",
+    "readiness": "probes.readiness",
     "trainability": "probes.trainability",
     "weight_norms": "probes.norms",
 }
@@ -77,6 +80,7 @@ __all__ = [
     "Probe",
     "Quantity",
     "Rank",
+    "Readiness",
     "Spectrum",
     "Status",
     "Subject",
@@ -93,6 +97,7 @@ __all__ = [
     "memorization",
     "open_trace",
     "performance",
+    "readiness",
     "trainability",
     "weight_norms",
 ]

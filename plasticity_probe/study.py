@@ -290,6 +290,7 @@ ORDER = (
     "weight_norms",
     "gradient_norms",
     "memorization",
+    "readiness",
     "trainability",
 )
 """Order of this package's probes in a table; others follow."""

@@ -140,7 +140,7 @@ def test_torch_is_not_imported_by(module: str) -> None:
 def test_every_public_name_resolves_and_every_contract_name_is_public() -> None:
     contract = {
         "curvature_rank", "fisher_rank", "hessian_spectrum", "feature_rank", "dead_units", "weight_norms", "gradient_norms",
-        "memorization", "trainability", "analyze", "open_trace",
+        "memorization", "readiness", "trainability", "analyze", "open_trace",
     }  # fmt: skip
     assert contract <= set(plasticity_probe.__all__)
     for name in plasticity_probe.__all__:

@@ -30,6 +30,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
         "dead_units",
         "gradient_norms",
         "memorization",
+        "readiness",
     )
 }
 # A loss given as a function has no classes to draw labels from; two steps are enough to see that nothing is left changed.
@@ -151,6 +152,8 @@ def test_every_form_of_output_and_batch_gives_the_same_numbers(name: str) -> Non
         "top_energy",
         "products",
         "curvature_cosine",
+        "local_redundancy",
+        "local_redundancy_sem",
     ):
         custom[known] = expected[known] if known in expected else custom.pop(known, None)
     same({key: value for key, value in custom.items() if key in expected}, expected)

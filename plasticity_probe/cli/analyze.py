@@ -94,7 +94,7 @@ def analyze(
     ] = False,
     quiet: Annotated[bool, Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
-    """Measure checkpoints: curvature, ranks, dead units, norms and memorization, beside a fresh network.
+    """Measure checkpoints: curvature, ranks, dead units, norms, memorization and readiness, beside a fresh network.
 
     For example:
 

@@ -7,7 +7,7 @@ other. Which of them serves which parameter is found once per subject, by compar
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -16,6 +16,7 @@ from torch.func import grad, vmap
 
 from plasticity_probe.errors import SubjectError
 from plasticity_probe.network.examples import Batch, batch_size, map_tensors
+from plasticity_probe.network.losses import Loss, Terms, inputs_and_targets, outputs_of
 from plasticity_probe.network.outer_products import Gradients, as_rows, compact, multiplications, numbers, part
 from plasticity_probe.network.parameter_uses import Order, gradients_by_use
 from plasticity_probe.network.subject import Subject
@@ -65,9 +66,7 @@ def example_gradients(subject: Subject, batch: Batch, names: Collection[str] | N
     Raises:
         SubjectError: The examples of a batch influence each other, so that an example has no gradient of its own.
     """
-    route = route_of(subject)
-    if route.refusal:
-        raise SubjectError(route.refusal)
+    route = _open_route(subject)
     asked = list(subject.parameters) if names is None else list(names)
     found: dict[str, Gradients | None] = {name: None for name in asked if name not in route.orders}
     read: dict[str, Order] = {name: route.orders[name] for name in asked if name in route.orders}
@@ -75,11 +74,65 @@ def example_gradients(subject: Subject, batch: Batch, names: Collection[str] | N
         with _seen_through(subject.model):
             losses = subject.losses(subject.parameters, batch)[0]
             found |= gradients_by_use(losses, subject.parameters, read)
+    return _completed(subject, batch, found)
+
+
+def traced_outputs(subject: Subject, batch: Batch) -> Tensor:
+    """The outputs for a batch with the graph that `output_gradients` reads.
+
+    Args:
+        subject: The network and its loss.
+        batch: Some of its examples, on its device.
+
+    Raises:
+        SubjectError: As `example_gradients`.
+    """
+    _open_route(subject)
+    with torch.enable_grad(), _seen_through(subject.model):
+        return subject.outputs(subject.parameters, batch)
+
+
+def output_gradients(subject: Subject, batch: Batch, outputs: Tensor, along: Tensor) -> dict[str, Gradients]:
+    """The gradients J_i'u_i of every example's outputs along a vector of its own, by parameter; those left out are zero.
+
+    Args:
+        subject: The network; of its loss only the route is used.
+        batch: Some of its examples, on its device.
+        outputs: Their outputs as `traced_outputs` gives them, for any number of calls.
+        along: The vectors u_i, in the shape of the outputs.
+    """
+    route = _open_route(subject)
+    found: dict[str, Gradients | None] = {name: None for name in subject.parameters if name not in route.orders}
+    if route.orders:
+        found |= gradients_by_use(_per_example(outputs * along), subject.parameters, route.orders)
+    # The ways that run the network themselves cut the batch, so the vectors travel as its targets.
+    product = replace(subject, loss=Loss("outputs along a vector", _product_with_targets, None))
+    return _completed(product, (inputs_and_targets(batch)[0], along), found)
+
+
+def _product_with_targets(model: nn.Module, batch: Batch) -> Terms:
+    products = _per_example(outputs_of(model, batch) * batch[1])
+    return products, torch.ones_like(products)
+
+
+def _per_example(values: Tensor) -> Tensor:
+    return values.reshape(len(values), -1).sum(1)
+
+
+def _completed(subject: Subject, batch: Batch, found: dict[str, Gradients | None]) -> dict[str, Gradients]:
+    """Gradients read off the graph, and those that no rule there knew (None) found by the route's other way."""
     missing = [name for name, gradients in found.items() if gradients is None]
     if missing:
-        way = _vectorised if route.otherwise == "vmap" else _one_at_a_time
+        way = _vectorised if route_of(subject).otherwise == "vmap" else _one_at_a_time
         found |= way(subject, batch, subject.parameters, missing)
-    return {name: compact(found[name]) for name in asked if name in found}  # type: ignore[arg-type]
+    return {name: compact(found[name]) for name in subject.parameters if found.get(name) is not None}  # type: ignore[arg-type]
+
+
+def _open_route(subject: Subject) -> Route:
+    route = route_of(subject)
+    if route.refusal:
+        raise SubjectError(route.refusal)
+    return route
 
 
 def route_of(subject: Subject) -> Route:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from plasticity_probe.network.example_gradients import example_gradients, pieces, route_of
 from plasticity_probe.network.examples import Batch, batch_size
-from plasticity_probe.network.outer_products import Gradients, add_inner, as_rows, gathered, mirror, part
+from plasticity_probe.network.outer_products import Gradients, add_inner, as_rows, gathered, mirror, moments, part
 from plasticity_probe.network.position_vectors import SLAB
 from plasticity_probe.network.subject import Subject
 
@@ -57,6 +57,19 @@ class GramPlan:
     bytes: int
 
 
+@dataclass(frozen=True, eq=False)
+class GradientMoments:
+    """Moments of the examples' gradients g_i in every single parameter, over the N examples.
+
+    Args:
+        mean: (1/N) sum_i g_i, the gradient of the mean loss, shape (P,), float64, in the order of `Subject.flatten`.
+        mean_square: (1/N) sum_i g_i^2, entry by entry, likewise.
+    """
+
+    mean: Tensor
+    mean_square: Tensor
+
+
 def mean_gradient(subject: Subject) -> dict[str, Tensor]:
     """The gradient of the mean loss by parameter name; zero for a parameter that the loss does not use.
 
@@ -92,6 +105,25 @@ def per_example_gradients(subject: Subject, batch: Batch) -> Tensor:
         ]
         rows.append(torch.cat(each, 1))
     return gradient_scale(subject) * torch.cat(rows)
+
+
+def gradient_moments(subject: Subject) -> GradientMoments:
+    """Mean and mean square of the examples' gradients in every parameter, by one pass, summed in float64.
+
+    Nothing of the size of examples times parameters is held. Computed once per subject and remembered: do not change it.
+
+    Raises:
+        SubjectError: As `per_example_gradients`.
+    """
+    return subject.once("gradient_moments", lambda: _gradient_moments(subject))
+
+
+def moments_bytes(subject: Subject) -> int:
+    """Bytes that a pass over per-example gradients and their moments take beyond an ordinary pass of `Subject.chunk` examples."""
+    chunk, size = gradient_chunk(subject), subject.dtype.itemsize
+    of_a_pass = chunk * _bytes_of_a_pass(subject) + 16 * min(SLAB, chunk * subject.size)
+    vectors = (TRIAL_COPIES * size + 4 * 8) * subject.size
+    return max(0, of_a_pass + vectors - subject.chunk * subject.activation_bytes)
 
 
 def gradient_chunk(subject: Subject) -> int:
@@ -194,6 +226,21 @@ def _mean_gradient(subject: Subject) -> dict[str, Tensor]:
             if gradient is not None:
                 total[name] += gradient
     return {name: gradient / subject.terms for name, gradient in total.items()}
+
+
+def _gradient_moments(subject: Subject) -> GradientMoments:
+    totals = torch.zeros(2, subject.size, dtype=torch.float64, device=subject.device)
+    places = [dict(zip(subject.parameters, half.split(_sizes(subject)), strict=True)) for half in totals]
+    for batch in subject.examples.chunks(gradient_chunk(subject)):
+        for name, gradients in example_gradients(subject, batch).items():
+            for place, part_of_it in zip(places, moments(gradients), strict=True):
+                place[name] += part_of_it
+    count, scale = len(subject.examples), gradient_scale(subject)
+    return GradientMoments(totals[0].mul_(scale / count), totals[1].mul_(scale**2 / count))
+
+
+def _sizes(subject: Subject) -> list[int]:
+    return [parameter.numel() for parameter in subject.parameters.values()]
 
 
 def gradient_scale(subject: Subject) -> float:

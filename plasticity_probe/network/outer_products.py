@@ -214,6 +214,53 @@ def squares(gradients: Gradients) -> Tensor:
     return torch.as_tensor(total)
 
 
+def moments(gradients: Gradients) -> tuple[Tensor, Tensor]:
+    """The sum over examples, and the sum of squares, of the gradients in every single parameter.
+
+    At a single position the squares are products too, (l_i r_i)^2 = l_i^2 r_i^2, so that no gradient is formed; with several positions the
+    gradients are formed, some columns at a time.
+
+    Returns:
+        Two of shape (parameters,), in the order of the parameter, float64.
+    """
+    if not isinstance(gradients, Outer):
+        pairs = [_moments_of_rows(slab) for slab in _slabs(gradients)]
+        sums, squared = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        return sums, squared
+    right = gradients.terms[0].right
+    found = gradients.terms[0].left.values.new_empty(2, *gradients.shape, dtype=torch.float64)
+    single = len(gradients.terms) == 1 and gradients.terms[0].left.positions == 1
+    for first, last in _single_blocks(gradients) if single else _channel_blocks(gradients):
+        within = slice(first * right.width, last * right.width)
+        pair = (
+            _moments_of_products(gradients.terms[0], first, last)
+            if single
+            else _moments_of_rows(_columns(gradients, first, last))
+        )
+        for place, part_of_it in zip(found, pair, strict=True):
+            place[..., within] = part_of_it
+    sums, squared = (found.transpose(2, 3) if gradients.turned else found).reshape(2, -1)
+    return sums, squared
+
+
+def _moments_of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    doubled = rows.double()
+    return doubled.sum(0), doubled.square().sum(0)
+
+
+def _moments_of_products(single: Products, first: int, last: int) -> tuple[Tensor, Tensor]:
+    """As `moments`, for some channels of products at a single position, each of shape (groups, rows, columns)."""
+    left = single.left.values[..., 0].double().permute(1, 2, 0)
+    right = single.right.read(first, last)[..., 0].double().permute(1, 0, 2)
+    return left @ right, left.square() @ right.square()
+
+
+def _single_blocks(part: Outer) -> Iterator[tuple[int, int]]:
+    """Ranges of channels whose vectors at a single position stay within a slab."""
+    right = part.terms[0].right
+    yield from ranges(right.channels, max(1, SLAB // (len(part) * part.shape[0] * right.width)))
+
+
 def _room(like: Gradients, capacity: int) -> Gradients:
     """Zero gradients of the same form: pages of memory that are only taken when they are written to."""
     if not isinstance(like, Outer):

@@ -12,6 +12,7 @@ from plasticity_probe.trace.reader import read_rows
 
 PROBES = {
     "performance", "hessian_spectrum", "fisher_rank", "feature_rank", "dead_units", "weight_norms", "gradient_norms", "memorization",
+    "readiness",
 }  # fmt: skip
 
 
@@ -47,7 +48,7 @@ def test_resnet20_is_found_and_measured_by_every_probe(shared: Path, tmp_path: P
     assert {(row["probe"], row["network"], row["status"]) for row in found["measurements"]} == {
         (probe, network, "ok") for probe in PROBES for network in ("checkpoint", "fresh")
     }
-    assert len(read_rows(tmp_path / "out.h5")) == 16
+    assert len(read_rows(tmp_path / "out.h5")) == 18
 
 
 @pytest.mark.slow

@@ -54,6 +54,8 @@ def test_the_full_demo_loses_its_trainability_and_says_with_what(cli, tmp_path: 
     assert last < 25
     assert fresh > 70
     assert "a loss of trainability" in said
-    for probe in ("hessian_spectrum", "fisher_rank", "feature_rank", "dead_units", "weight_norms", "gradient_norms"):
+    for probe in (
+        "hessian_spectrum", "fisher_rank", "feature_rank", "dead_units", "weight_norms", "gradient_norms", "readiness",
+    ):  # fmt: skip
         assert re.search(rf"• {probe}: .*?: [+-]\d\.\d\d", said)
     assert "Correlation is not prediction" in said

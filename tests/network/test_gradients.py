@@ -14,10 +14,12 @@ from plasticity_probe.network.example_gradients import example_gradients, route_
 from plasticity_probe.network.examples import map_tensors
 from plasticity_probe.network.gradients import (
     covariance_trace,
+    gradient_moments,
     gram,
     gram_plan,
     mean_cosine,
     mean_gradient,
+    moments_bytes,
     negative_fraction,
     pairwise_cosines,
     per_example_gradients,
@@ -207,6 +209,17 @@ def test_the_mean_gradient_is_that_of_the_mean_loss(case: Case) -> None:
     assert list(found) == list(made.parameters)
     assert relative(made.flatten(found), exact) < 1e-12
     assert mean_gradient(made) is found
+
+
+@pytest.mark.parametrize("memory", [1, 2000, 2**30])
+def test_moments_of_the_gradients_in_every_parameter(case: Case, memory: int) -> None:
+    made = case.subject(memory=memory)
+    exact = by_hand(case, made)
+    found = gradient_moments(made)
+    assert relative(found.mean, exact.mean(0)) < 1e-12
+    assert relative(found.mean_square, exact.square().mean(0)) < 1e-12
+    assert gradient_moments(made) is found
+    assert moments_bytes(made) >= 0
 
 
 @pytest.mark.parametrize("memory", [1, 500, 2000, 4000, 2**30])

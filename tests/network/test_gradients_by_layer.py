@@ -14,7 +14,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from plasticity_probe.network import example_gradients, outer_products, parameter_uses, position_vectors
 from plasticity_probe.network.example_gradients import example_gradients as gradients_of
 from plasticity_probe.network.example_gradients import route_of
-from plasticity_probe.network.gradients import gram, per_example_gradients
+from plasticity_probe.network.gradients import gradient_moments, gram, per_example_gradients
 from plasticity_probe.network.isolation import isolated
 from plasticity_probe.network.outer_products import (
     Gradients,
@@ -23,6 +23,7 @@ from plasticity_probe.network.outer_products import (
     as_rows,
     compact,
     mirror,
+    moments,
     part,
     squares,
     summed,
@@ -268,6 +269,20 @@ def test_gradients_and_their_products_are_exact(name: str, monkeypatch: pytest.M
             assert relative(gram(made_of(name, torch.float64)), rows @ rows.T) < 1e-10
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_moments_over_examples_are_exact(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with isolated():
+        rows = exact(made_of(name, torch.float64))
+        for slab in (2**20, 32):
+            monkeypatch.setattr(outer_products, "SLAB", slab)
+            for dtype, close in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+                found = gradient_moments(made_of(name, dtype))
+                assert found.mean.dtype == found.mean_square.dtype == torch.float64
+                assert relative(found.mean, rows.mean(0)) < close
+                assert relative(found.mean_square, rows.square().mean(0)) < close
+        assert relative(rows.mean(0).square(), rows.square().mean(0)) > 100 * close
+
+
 @pytest.mark.parametrize("name", ["repeated and tied", "tied tokens", "tied tokens, large vocabulary", "lstm"])
 def test_without_the_cross_terms_between_uses_it_would_be_wrong(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with isolated():
@@ -294,6 +309,7 @@ def test_every_form_of_the_same_gradients_agrees(name: str, monkeypatch: pytest.
         for gradients in gradients_of(made, batch).values():
             rows = as_rows(gradients)
             assert torch.allclose(squares(gradients), rows.square().sum(1), rtol=1e-12)
+            assert torch.allclose(torch.stack(moments(gradients)), torch.stack([rows.sum(0), rows.square().sum(0)]))
             assert torch.allclose(as_rows(part(gradients, 2, 5)), rows[2:5], rtol=1e-12)
             assert torch.allclose(as_rows(summed([gradients, gradients, rows])), 3 * rows, rtol=1e-12)
             assert torch.allclose(inner(gradients, part(gradients, 1, 4)), rows @ rows[1:4].T, rtol=1e-10, atol=1e-12)
