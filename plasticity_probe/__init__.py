@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from plasticity_probe.analysis import Analysis, analyze
+    from plasticity_probe.example_memorization import ExampleMemorization, memorized_examples
     from plasticity_probe.functional import curvature_rank
     from plasticity_probe.measurement import Labels, Measurement, Quantity, Status
     from plasticity_probe.network.subject import Subject
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Analysis": "analysis",
     "Cost": "probe",
+    "ExampleMemorization": "example_memorization",
     "FeatureRank": "probes.features",
     "GradientNorms": "probes.norms",
     "Labels": "measurement",
@@ -60,6 +62,7 @@ _HOMES = {
     "gradient_norms": "probes.norms",
     "hessian_spectrum": "probes.spectrum",
     "memorization": "probes.memorization",
+    "memorized_examples": "example_memorization",
     "open_trace": "trace.reader",
     "performance": "probes.performance",
     "readiness": "probes.readiness",
@@ -70,6 +73,7 @@ _HOMES = {
 __all__ = [
     "Analysis",
     "Cost",
+    "ExampleMemorization",
     "FeatureRank",
     "GradientNorms",
     "Labels",
@@ -95,6 +99,7 @@ __all__ = [
     "gradient_norms",
     "hessian_spectrum",
     "memorization",
+    "memorized_examples",
     "open_trace",
     "performance",
     "readiness",

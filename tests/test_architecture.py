@@ -18,7 +18,17 @@ FLOORS = [
     {"probe"},
     {"probes", "record", "registry", "functional", "testing"},
     {"trace"},
-    {"comparison", "material", "run_tasks", "study", "planning", "analysis", "demonstration", "prediction", "example_memorization"},
+    {
+        "comparison",
+        "material",
+        "run_tasks",
+        "study",
+        "planning",
+        "analysis",
+        "demonstration",
+        "prediction",
+        "example_memorization",
+    },
     {"report"},
     {"cli"},
 ]
@@ -29,7 +39,7 @@ WITHIN = {
     "planning": {"study"},
     "study": {"material", "run_tasks"},
     "run_tasks": {"material"},
-    "analysis": {"comparison", "planning", "study"},
+    "analysis": {"comparison", "planning", "run_tasks", "study"},
     "demonstration": {"analysis", "comparison", "study"},
     "prediction": {"comparison"},
     "example_memorization": {"prediction", "run_tasks"},
@@ -130,6 +140,8 @@ def test_hooks_live_in_capture_alone() -> None:
         "plasticity_probe.trace.outcome_rows",
         "plasticity_probe.prediction.verdict",
         "plasticity_probe.prediction.alignment",
+        "plasticity_probe.prediction.detection",
+        "plasticity_probe.prediction.training_influence",
     ],
 )
 def test_torch_is_not_imported_by(module: str) -> None:

@@ -15,6 +15,11 @@ SAYS = {
     "feature_learning_world": ["notebook", "The warm learner memorised"],
     "own_probe": ["effective number of predicted classes", "xarray.DataArray"],
     "who_keeps_learning": ["| relu | none |", "| identity | redo |"],
+    "which_examples_are_memorised": [
+        "1442 examples, 60 models",
+        "| input-loss curvature | 1 | 1009 |",
+        "Surely memorised",
+    ],
     "watch_a_run": ["rank of the Fisher before it", "threshold rank"],
 }
 

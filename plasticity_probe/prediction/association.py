@@ -72,7 +72,8 @@ def moving_together(panel: Panel, predictor: Numbers, outcome: Numbers, seed: in
     errors = np.array([v.std(ddof=1) / math.sqrt(v.size) for v in values])
     means = np.array([v.mean() for v in values])
     found = mean_interval(own, groups, seed)
-    return Association(found, turning_p(values, seed), sign_flip_p(means, errors), kept, means, errors, _sizes(groups))
+    sizes = _sizes(groups)
+    return Association(found, turning_p(values, seed), sign_flip_p(means, errors, sizes), kept, means, errors, sizes)
 
 
 def at_equal_history(panel: Panel, predictor: Numbers, outcome: Numbers, known: Numbers, seed: int) -> Association:
@@ -109,10 +110,9 @@ def at_equal_history(panel: Panel, predictor: Numbers, outcome: Numbers, known: 
     errors = np.array(
         [jackknife_error(lambda weights, at=at: each(weights, at), len(own)) for at, own in enumerate(placed)]
     )
-    p = exchange_p([_crossed(scores) for scores in scored], seed)
-    return Association(
-        interval(mean, placed, seed), p, sign_flip_p(values, errors), kept, values, errors, _sizes(groups)
-    )
+    p, sizes = exchange_p([_crossed(scores) for scores in scored], seed), _sizes(groups)
+    flip_p = sign_flip_p(values, errors, sizes)
+    return Association(interval(mean, placed, seed), p, flip_p, kept, values, errors, sizes)
 
 
 def between_configurations(panel: Panel, predictor: Numbers, outcome: Numbers) -> tuple[float, float, int]:

@@ -74,8 +74,8 @@ def led(values: Numbers, lead: int) -> Numbers:
 def history(outcome: Numbers, lead: int = 0) -> Numbers:
     """What earlier outcomes were known when a predictor was measured `lead` tasks before task t.
 
-    The outcome of task t - lead - 1, and the mean of all outcomes up to it. The previous outcome alone would leave a predictor the credit for
-    everything that a longer look back at the outcomes themselves tells.
+    The last outcome known, that of task t - lead - 1 where every task has one, and the mean of all up to it. The last outcome alone would leave
+    a predictor the credit for everything that a longer look back at the outcomes themselves tells.
 
     Args:
         outcome: Shape (run, task).
@@ -90,4 +90,6 @@ def history(outcome: Numbers, lead: int = 0) -> Numbers:
     counts = known.cumsum(axis=1)
     sums = np.where(known, outcome, 0.0).cumsum(axis=1)
     means = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
-    return np.stack([led(outcome, lead + 1), led(means, lead + 1)])
+    latest = np.maximum.accumulate(np.where(known, np.arange(outcome.shape[1]), 0), axis=1)
+    last = np.take_along_axis(outcome, latest, axis=1)
+    return np.stack([led(last, lead + 1), led(means, lead + 1)])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binom, chi2, norm
+from scipy.stats import t as student
 
 from plasticity_probe.prediction.panel import Numbers
 
@@ -125,12 +126,16 @@ def turning_p(values: Sequence[Numbers], seed: int, turns: int = EXCHANGES) -> f
     return _share_as_large(_studentised(sums, squares))
 
 
-def sign_flip_p(estimates: Numbers, errors: Numbers) -> float:
+def sign_flip_p(estimates: Numbers, errors: Numbers, runs: NDArray[np.int64]) -> float:
     """The p of the null hypothesis that all configurations' effects have one sign: no qualitative interaction (Gail and Simon 1985, eq. 4).
+
+    Their test takes the standard errors for known. These come from a few runs, so each ratio of estimate and error is replaced by the normal
+    score of the same probability under Student's t with one degree of freedom less than there are runs (our choice).
 
     Args:
         estimates: One estimate a configuration, shape (configuration,).
         errors: Their standard errors, same shape.
+        runs: Number of runs behind each, same shape.
 
     Returns:
         NaN with fewer than two configurations.
@@ -138,7 +143,9 @@ def sign_flip_p(estimates: Numbers, errors: Numbers) -> float:
     if estimates.size < 2:
         return math.nan
     # An error of zero is that of runs that agree to the last digit; it counts as a tiny one.
-    z = estimates / np.maximum(errors, 1e-12)
+    ratios = np.abs(estimates) / np.maximum(errors, 1e-12)
+    # Beyond 1e-300 the normal score of a probability is no longer a number.
+    z = np.sign(estimates) * norm.isf(np.maximum(student.sf(ratios, runs - 1), 1e-300))
     statistic = min(float(np.sum(z[z > 0] ** 2)), float(np.sum(z[z < 0] ** 2)))
     if statistic == 0:
         return 1.0

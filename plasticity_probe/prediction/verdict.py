@@ -7,7 +7,8 @@ from enum import StrEnum
 from hashlib import sha256
 
 import numpy as np
-from scipy.stats import false_discovery_control
+from scipy.stats import false_discovery_control, norm
+from scipy.stats import t as student
 
 from plasticity_probe.errors import UsageError
 from plasticity_probe.prediction.association import (
@@ -37,8 +38,8 @@ MISSING = 0.5
 """A predictor that is missing at more than this share of the places with an outcome is not assessed (our choice)."""
 LEADS = tuple(range(-1, 6))
 """Leads that are shown; -1 measures the predictor after the outcome, as a control. The verdict uses 0 alone."""
-REJECTING, SUPPORTING = 2.801585218, 2.486474860
-"""z(.975) + z(.8) and z(.95) + z(.8): so many standard errors off, a test at 5 %, two-sided and one-sided, rejects with a power of .8."""
+POWER = 0.8
+"""Power at which the runs that are still needed would settle a case (Cohen 1988, section 2.4)."""
 
 
 class Verdict(StrEnum):
@@ -257,16 +258,24 @@ def _verdict(e: Evidence, q: float, together_q: float, flip_q: float, together_f
 
 
 def _more_runs(e: Evidence, q: float) -> int | None:
-    """Runs to add to each configuration, from the standard error that the nearest decision needs; errors shrink as 1/sqrt(runs)."""
-    estimate, error = e.association.estimate.value, e.association.estimate.error
-    wanted = [abs(estimate) / REJECTING, (SMALLEST - abs(estimate)) / SUPPORTING]
+    """Runs to add to each configuration, from the standard error that the nearest decision needs; errors shrink as 1/sqrt(runs).
+
+    Against zero the test has the level that control of the false discovery rate leaves it, LEVEL p / q.
+    """
+    estimate, p, runs = e.association.estimate, e.association.p, float(np.mean(e.association.runs))
+    level, power = max(LEVEL * p / q, 1e-12), float(norm.isf(1 - POWER))
+    freedom = float(np.sum(e.association.runs - 1))
+    error = estimate.error * float(student.isf(LEVEL / 2, freedom) / norm.isf(LEVEL / 2))
+    wanted = [
+        abs(estimate.value) / (float(norm.isf(level / 2)) + power),
+        (SMALLEST - abs(estimate.value)) / (float(norm.isf(LEVEL)) + power),
+    ]
     factors = [(error / w) ** 2 for w in wanted if w > 0]
     if q <= LEVEL and e.gain.value > 0:
         # Found, but not yet shown to help on left-out runs.
-        factors = [(e.gain.error * REJECTING / e.gain.value) ** 2, *factors[1:]]
+        factors = [(e.gain.error * (float(norm.isf(LEVEL)) + power) / e.gain.value) ** 2, *factors[1:]]
     if not factors or not math.isfinite(min(factors)):
         return None
-    runs = float(np.mean(e.association.runs))
     return max(1, math.ceil(runs * min(factors) - runs))
 
 

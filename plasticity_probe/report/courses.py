@@ -24,8 +24,8 @@ Settings = Mapping[str, Sequence[Outcome]]
 
 EVERY_CLASS = frozenset(
     {
-        "class-pairs", "growing-chunks", "noisy-stages", "permuted-labels", "permuted-pixels", "random-labels", "smooth-transition",
-        "two-stage",
+        "class-pairs", "growing-chunks", "noisy-stages", "permuted-labels", "permuted-pixels", "random-labels", "random-subset",
+        "smooth-transition", "two-stage",
     }
 )  # fmt: skip
 """Streams whose every task has examples of all classes that the network has outputs for: guessing is right in one case of that many."""

@@ -6,9 +6,12 @@ from types import MappingProxyType
 from plasticity_probe.errors import UnknownNameError
 from plasticity_probe.training.published.protocol import Changes, Protocol
 from plasticity_probe.training.published.streams_of_tasks import STREAMS_OF_TASKS
+from plasticity_probe.training.published.subsets import SUBSETS
 from plasticity_probe.training.published.warm_starts import WARM_STARTS
 
-PROTOCOLS: Mapping[str, Protocol] = MappingProxyType({each.name: each for each in (*STREAMS_OF_TASKS, *WARM_STARTS)})
+PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
+    {each.name: each for each in (*STREAMS_OF_TASKS, *WARM_STARTS, *SUBSETS)}
+)
 """Every protocol by name."""
 
 

@@ -29,9 +29,9 @@ def test_history_is_the_last_outcome_and_the_mean_of_all_before() -> None:
 
 
 def test_history_passes_over_tasks_without_an_outcome() -> None:
-    last, mean = history(np.array([[2.0, NAN, 6.0, 1.0]]))
-    assert np.array_equal(last, [[NAN, 2, NAN, 6]], equal_nan=True)
-    assert np.array_equal(mean, [[NAN, 2, 2, 4]], equal_nan=True)
+    last, mean = history(np.array([[2.0, NAN, 6.0, 1.0], [NAN, NAN, 3.0, 1.0]]))
+    assert np.array_equal(last, [[NAN, 2, 2, 6], [NAN, NAN, NAN, 3]], equal_nan=True)
+    assert np.array_equal(mean, [[NAN, 2, 2, 4], [NAN, NAN, NAN, 3]], equal_nan=True)
 
 
 def test_history_never_looks_ahead() -> None:

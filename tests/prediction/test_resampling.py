@@ -6,6 +6,7 @@ from itertools import permutations, product
 import numpy as np
 import pytest
 from scipy.stats import bootstrap, chi2
+from scipy.stats import t as student
 
 from plasticity_probe.prediction.panel import Numbers
 from plasticity_probe.prediction.resampling import (
@@ -108,15 +109,27 @@ def test_sign_flips_have_the_published_critical_values(configurations: int, crit
     # Gail and Simon 1985, table 1: the smaller sum of squares that is significant at 5 %.
     one = math.sqrt(critical)
     estimates = np.array([one, -one, *[one] * (configurations - 2)])
-    estimates[1] *= 1.0
-    assert sign_flip_p(estimates, np.ones(configurations)) == pytest.approx(0.05, abs=0.001)
+    assert sign_flip_p(estimates, np.ones(configurations), np.full(configurations, 10**9)) == pytest.approx(
+        0.05, abs=0.001
+    )
 
 
 def test_one_sign_is_no_flip_and_one_configuration_tells_nothing() -> None:
-    assert sign_flip_p(np.array([3.0, 0.1, 5.0]), np.ones(3)) == 1
-    assert math.isnan(sign_flip_p(np.array([3.0]), np.ones(1)))
-    assert sign_flip_p(np.array([1.0, -1.0]), np.zeros(2)) == 0
+    assert sign_flip_p(np.array([3.0, 0.1, 5.0]), np.ones(3), np.full(3, 9)) == 1
+    assert math.isnan(sign_flip_p(np.array([3.0]), np.ones(1), np.full(1, 9)))
+    assert sign_flip_p(np.array([1.0, -1.0]), np.zeros(2), np.full(2, 9)) < 1e-50
 
 
-def test_two_configurations_flip_like_two_one_sided_tests() -> None:
-    assert sign_flip_p(np.array([2.0, -3.0]), np.ones(2)) == pytest.approx(chi2.sf(4.0, 1) / 2)
+def test_two_configurations_flip_like_two_one_sided_t_tests() -> None:
+    found = sign_flip_p(np.array([2.0, -3.0]), np.ones(2), np.array([6, 6]))
+    # The smaller of the two decides, and one of two directions is that of the other.
+    assert found == pytest.approx(student.sf(2.0, 5))
+    assert sign_flip_p(np.array([2.0, -3.0]), np.ones(2), np.full(2, 10**9)) == pytest.approx(chi2.sf(4.0, 1) / 2)
+
+
+def test_few_runs_that_scatter_around_nothing_seldom_flip() -> None:
+    rng, flips = np.random.default_rng(0), 0
+    for _ in range(1000):
+        values = rng.standard_normal((2, 5))
+        flips += sign_flip_p(values.mean(axis=1), values.std(axis=1, ddof=1) / math.sqrt(5), np.full(2, 5)) <= 0.05
+    assert flips / 1000 < 0.05

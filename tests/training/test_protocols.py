@@ -130,7 +130,7 @@ def tiny(setting: Setting, data: dict[str, str]) -> Setting:
     fields = vars(setting.stream)
     limits = {"examples": 24, "train_per_class": 3, "test_per_class": 1, "classes_per_task": 3}
     changes |= {f"stream.{key}": value for key, value in limits.items() if fields.get(key) is not None}
-    if setting.stream.name not in ("two-stage", "smooth-transition", "noisy-stages"):
+    if setting.stream.name not in ("two-stage", "smooth-transition", "noisy-stages", "random-subset"):
         changes["stream.tasks"] = 2
     if str(setting.network["name"]).startswith("resnet"):
         changes |= {"network.width": 4, "network.depth": 1}

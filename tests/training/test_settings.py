@@ -40,6 +40,7 @@ OF_STREAMS: Mapping[str, Mapping[str, Any]] = {
     "smooth-transition": {"gamma": 0.9},
     "noisy-stages": {"shares": (0.1, 0.2, 0.7), "label_noise": (0.5, 0.25, 0.0), "noise_on": "all"},
     "slowly-changing-regression": {"tasks": 2, "rule": "redraw_all"},
+    "random-subset": {"share": 0.5, "label_noise": 0.25, "noise_seed": 3},
 }
 SOME_REMEDIES: tuple[tuple[Remedy, ...], ...] = (
     (),

@@ -15,6 +15,7 @@ from plasticity_probe.training.streams.classes import ClassIncremental, ClassPai
 from plasticity_probe.training.streams.growing import GrowingChunks, NoisyStages, SmoothTransition, TwoStage
 from plasticity_probe.training.streams.regression import SlowlyChangingRegression
 from plasticity_probe.training.streams.shifting import PermutedAlphabet, PermutedLabels, PermutedPixels, RandomLabels
+from plasticity_probe.training.streams.subsets import RandomSubset
 from plasticity_probe.training.tasks import Source, Stream, Task
 
 VOCABULARY = 7
@@ -49,6 +50,7 @@ EVERY: list[tuple[Stream, Source | None]] = [
     (SmoothTransition(0.3, examples=20), numbered(40)),
     (NoisyStages((0.2, 0.3, 0.5), (0.5, 0.4, 0.0)), numbered(40)),
     (SlowlyChangingRegression(3, 20), None),
+    (RandomSubset(0.6, label_noise=0.2), numbered(40)),
 ]
 every_stream = pytest.mark.parametrize(("stream", "source"), EVERY, ids=lambda value: getattr(value, "name", ""))
 ENDLESS = {

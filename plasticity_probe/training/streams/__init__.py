@@ -7,6 +7,7 @@ from plasticity_probe.training.streams.classes import ClassIncremental, ClassPai
 from plasticity_probe.training.streams.growing import GrowingChunks, NoisyStages, SmoothTransition, TwoStage
 from plasticity_probe.training.streams.regression import SlowlyChangingRegression
 from plasticity_probe.training.streams.shifting import PermutedAlphabet, PermutedLabels, PermutedPixels, RandomLabels
+from plasticity_probe.training.streams.subsets import RandomSubset
 from plasticity_probe.training.tasks import Stream
 
 __all__ = ["STREAMS"]
@@ -27,6 +28,7 @@ STREAMS: Mapping[str, type[Stream]] = MappingProxyType(
             SmoothTransition,
             NoisyStages,
             SlowlyChangingRegression,
+            RandomSubset,
         )
     }
 )

@@ -40,6 +40,22 @@ def check_shares(stream: Stream, **shares: float | None) -> None:
             raise UsageError(f"the stream {stream.name} needs 0 < {name} < 1, got {name} = {share}")
 
 
+def check_tasks(stream: Stream, tasks: int) -> None:
+    """Refuses another number of tasks than the settings of a stream give.
+
+    Args:
+        stream: Whose setting it is.
+        tasks: How many there are.
+
+    Raises:
+        UsageError: It says another number.
+    """
+    if stream.tasks != tasks:
+        raise UsageError(
+            f"the stream {stream.name} with these settings has {tasks} tasks, got tasks = {stream.tasks}; leave it out"
+        )
+
+
 def check_request(stream: Stream, index: int, seed: int, *, endless: bool) -> None:
     """Refuses a task that does not exist and a seed that is none.
 

@@ -17,6 +17,7 @@ from plasticity_probe.training.streams.drawing import (
     check_request,
     check_shares,
     check_source,
+    check_tasks,
     shuffled,
     task_of,
 )
@@ -96,7 +97,7 @@ class TwoStage(Stream):
     def __post_init__(self) -> None:
         check_shares(self, fraction=self.fraction, held_out=self.held_out)
         check_counts(self, examples=self.examples)
-        _check_tasks(self, 2)
+        check_tasks(self, 2)
 
     def task(self, source: Source | None, index: int, seed: int) -> Task:
         """As `Stream.task`; any examples will do."""
@@ -145,7 +146,7 @@ class SmoothTransition(Stream):
     def __post_init__(self) -> None:
         check_shares(self, gamma=self.gamma, fraction=self.fraction)
         check_counts(self, examples=self.examples)
-        _check_tasks(self, 1)
+        check_tasks(self, 1)
 
     def task(self, source: Source | None, index: int, seed: int) -> Task:
         """As `Stream.task`; any examples will do."""
@@ -205,7 +206,7 @@ class NoisyStages(Stream):
             raise UsageError(f'the stream {self.name} has noise_on "arrivals" or "all", got {self.noise_on!r}')
         if self.tasks == 0:
             object.__setattr__(self, "tasks", len(self.shares))
-        _check_tasks(self, len(self.shares))
+        check_tasks(self, len(self.shares))
 
     @classmethod
     def continual(cls, *, noise_on: Literal["arrivals", "all"] = "arrivals") -> "NoisyStages":
@@ -240,13 +241,6 @@ class NoisyStages(Stream):
         chosen = shuffled(len(labels), seed, "noisy examples", stage)[: round(self.label_noise[stage] * len(labels))]
         shift = torch.randint(1, classes, (len(chosen),), generator=generator(seed, "noisy labels", stage))
         return labels.index_copy(0, chosen, (labels[chosen] + shift) % classes)
-
-
-def _check_tasks(stream: Stream, tasks: int) -> None:
-    if stream.tasks != tasks:
-        raise UsageError(
-            f"the stream {stream.name} with these settings has {tasks} tasks, got tasks = {stream.tasks}; leave it out"
-        )
 
 
 def _arrival_order(stream: Stream, source: Source, examples: int | None, seed: int) -> Tensor:
