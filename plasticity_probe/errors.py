@@ -9,6 +9,7 @@
     │   ├── DataError                      missing, malformed or mismatching data
     │   └── SubjectError                   a model, loss and data that do not go together
     ├── TraceError (OSError)               a trace cannot be read or written                        exit code 5
+    ├── ReportError (OSError)              a report cannot be written                               exit code 5
     ├── RunError (OSError)                 a run folder cannot be read or written                   exit code 5
     └── BudgetError (MemoryError)          the work would exceed the memory or time allowed         exit code 6
 
@@ -84,6 +85,12 @@ class SubjectError(InputError):
 
 class TraceError(PlasticityProbeError, OSError):
     """A trace cannot be read or written."""
+
+    exit_code = 5
+
+
+class ReportError(PlasticityProbeError, OSError):
+    """A report cannot be written."""
 
     exit_code = 5
 

@@ -14,6 +14,10 @@ SAYS = {
     ],
     "feature_learning_world": ["notebook", "The warm learner memorised"],
     "own_probe": ["effective number of predicted classes", "xarray.DataArray"],
+    "does_curvature_predict": [
+        "fisher_rank.threshold_rank may or may not predict trainability",
+        "digits-report/index.html",
+    ],
     "who_keeps_learning": ["| relu | none |", "| identity | redo |"],
     "which_examples_are_memorised": [
         "1442 examples, 60 models",

@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from plasticity_probe.cli import analyze, demo, listing, show, train
+from plasticity_probe.cli import analyze, demo, listing, report, show, train
 
 app = typer.Typer(
     name="probe",
@@ -16,6 +16,7 @@ app = typer.Typer(
 )
 app.command("analyze")(analyze.analyze)
 app.command("train")(train.train)
+app.command("report")(report.report)
 app.command("show")(show.show)
 app.command("list")(listing.list_names)
 app.command("demo")(demo.demo)

@@ -38,8 +38,8 @@ def align(rows: Iterable[Row]) -> Aligned:
     """Predictors from the weights that a task is learned from, and outcomes of that task.
 
     Of several checkpoints of a run and task the one at the task's first step counts, and of two at that step the one that a remedy made.
-    Rows whose status is not ok count as missing. A predictor is named "label.quantity", with " on current", " on next" or " on noise"
-    behind it where the rows differ in the data they were measured on.
+    Rows whose status is not ok, and infinite numbers, count as missing. A predictor is named "label.quantity", with " on current", " on
+    next" or " on noise" behind it where the rows differ in the data they were measured on.
 
     Args:
         rows: Rows of a trace, or of several.
@@ -53,19 +53,23 @@ def align(rows: Iterable[Row]) -> Aligned:
     ends = {(run, o.task): o for run, own in found.items() for o in own if o.network == "run"}
     starts, early = _starts(measured, ends)
     last = max((task for _, task in [*ends, *starts]), default=-1)
-    at_run = {run: at for at, run in enumerate(runs)}
+    at_run, several = {run: at for at, run in enumerate(runs)}, _several(measured)
     shape = (len(runs), last + 1)
     predictors: dict[str, Numbers] = {}
     meanings: dict[str, str] = {}
+    infinite = 0
     for (run, task), own in starts.items():
         for row in own:
-            for name, meaning, value in _numbers(row, several=_several(measured)):
+            for name, meaning, value in _numbers(row, several):
                 meanings.setdefault(name, meaning)
-                predictors.setdefault(name, np.full(shape, np.nan))[at_run[run], task] = value
+                infinite += math.isinf(value)
+                predictors.setdefault(name, np.full(shape, np.nan))[at_run[run], task] = (
+                    value if math.isfinite(value) else math.nan
+                )
     outcomes = {name: _table(shape, at_run, read(found)) for name, read in OUTCOMES_OF.items()}
     outcomes = {name: values for name, values in outcomes.items() if not np.isnan(values).all()}
     panel = Panel(names, of_run, runs, tuple(range(shape[1])), predictors, outcomes)
-    return Aligned(panel, meanings, _notes(found, measured, early))
+    return Aligned(panel, meanings, _notes(found, measured, early, infinite))
 
 
 def oriented(outcomes: Sequence[Outcome], name: str) -> dict[int, float]:
@@ -138,7 +142,8 @@ OUTCOMES_OF: Mapping[str, Reader] = {
 def _configurations(rows: Sequence[Row], runs: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
     identity: dict[str, tuple[str, str]] = {}
     for row in rows:
-        if row.network == "checkpoint" and (row.run not in identity or row.probe == OUTCOMES):
+        own = row.probe == OUTCOMES
+        if own or (row.network == "checkpoint" and row.run not in identity):
             settings = json.loads(row.settings)
             key = str(settings.get("run_sha256", ""))
             named = str(row.conditions.get("configuration", "")) or row.run.rsplit(" seed ", 1)[0]
@@ -204,7 +209,9 @@ def _table(shape: tuple[int, int], at_run: Mapping[str, int], values: Mapping[Pl
     return table
 
 
-def _notes(found: Mapping[str, Sequence[Outcome]], measured: Sequence[Row], lacking: int) -> tuple[str, ...]:
+def _notes(
+    found: Mapping[str, Sequence[Outcome]], measured: Sequence[Row], lacking: int, infinite: int
+) -> tuple[str, ...]:
     notes: list[str] = []
     if without := {row.run for row in measured} - set(found):
         notes.append(
@@ -216,6 +223,8 @@ def _notes(found: Mapping[str, Sequence[Outcome]], measured: Sequence[Row], lack
         )
     if bad := sum(row.status != "ok" for row in measured):
         notes.append(f"{bad} of {len(measured)} measurements did not end well and count as missing")
+    if infinite:
+        notes.append(f"infinite numbers, which count as missing: {infinite}")
     diverged = sum(o.status != OK for own in found.values() for o in own if o.network == "run")
     if diverged:
         notes.append(f"{diverged} tasks of runs that diverged have no outcome")

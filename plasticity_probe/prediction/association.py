@@ -240,11 +240,23 @@ def _coefficients(moment: Numbers) -> Numbers:
 
 
 def _partial(moment: Numbers) -> Numbers:
-    left = moment[..., :2, :2] - _coefficients(moment) @ moment[..., 2:, :2]
+    left = _freed(moment)
     yy, xx, yx = left[..., 0, 0], left[..., 1, 1], left[..., 0, 1]
     # What the known explains to the last digit has nothing left to correlate.
     varied = (yy > 1e-9 * moment[..., 0, 0]) & (xx > 1e-9 * moment[..., 1, 1])
     return np.where(varied, np.clip(yx / np.sqrt(np.where(varied, xx * yy, 1.0)), -1, 1), np.nan)
+
+
+def _freed(moment: Numbers) -> Numbers:
+    """Moments of outcome and predictor (the first two variables) once the others are swept out one by one, as in Gaussian elimination."""
+    left = moment
+    for at in range(2, moment.shape[-1]):
+        pivot = left[..., at, at]
+        # A variable that those before it explain leaves nothing to sweep out.
+        new = pivot > 1e-9 * moment[..., at, at]
+        row = left[..., at, :] * np.where(new, 1 / np.where(new, pivot, 1.0), 0.0)[..., None]
+        left = left - left[..., :, at, None] * row[..., None, :]
+    return left
 
 
 def _crossed(scores: Numbers) -> Numbers:

@@ -1,14 +1,6 @@
-"""Draws figures with matplotlib, which is imported here and nowhere else.
+"""Draws the figures of traces and of training runs with matplotlib. What they share with other figures is `report/canvas.py`'s business."""
 
-Every text may come from a stranger's file: it is drawn as it is, with neither formulas nor escapes, and shortened. The same figure gives the
-same bytes every time, and matplotlib's global state is left alone.
-"""
-
-import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cache
-from io import BytesIO
+from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -17,22 +9,33 @@ import matplotlib as mpl
 import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm, Normalize, SymLogNorm
 from matplotlib.figure import Figure as Canvas
-from matplotlib.font_manager import findfont, get_font
 from matplotlib.lines import Line2D
 from matplotlib.ticker import (
     FixedLocator,
-    Formatter,
-    FuncFormatter,
-    LogLocator,
     MaxNLocator,
-    NullLocator,
-    ScalarFormatter,
 )
 
-from plasticity_probe.errors import RunError, TraceError, UsageError
+from plasticity_probe.errors import RunError, TraceError
+from plasticity_probe.report.canvas import (
+    BLUE,
+    DARK,
+    GREEN,
+    ORANGE,
+    STEPS,
+    Rendered,
+    check_panels,
+    course_look,
+    framed,
+    linear_formatter,
+    rendered,
+    saved,
+    scaled,
+    shown,
+    ticked,
+    wrapped,
+)
 from plasticity_probe.report.courses import CONTROL, Course, CourseFigure, CoursePanel, run_figures
 from plasticity_probe.report.figures import figures
 from plasticity_probe.report.geometry import (
@@ -43,20 +46,11 @@ from plasticity_probe.report.geometry import (
     positions_of,
     ratio_limits,
     spread,
-    symlog_ticks,
 )
 from plasticity_probe.report.panels import Curve, Dots, Figure, HeatMap, Lines, Numbers, Panel, Points, Role, Scale
-from plasticity_probe.report.wording import file_names, plain, power_of_ten, shortened, told_apart
+from plasticity_probe.report.wording import file_names, told_apart
 from plasticity_probe.trace.reader import open_trace
 
-DPI = 200
-STEPS = [1, 2, 2.5, 5, 10]
-FONT = "DejaVu Sans"
-LONGEST = {"title": 120, "panel": 110, "label": 72, "axis": 80, "legend": 90, "caption": 1500}
-"""The most characters of each kind of text."""
-
-_PALETTE: list[Any] = list(sns.color_palette("colorblind"))
-BLUE, ORANGE, GREEN = (_PALETTE[at] for at in (0, 1, 2))
 COLOURS: dict[Role, Any] = {
     "checkpoint": BLUE,
     "run": BLUE,
@@ -66,11 +60,6 @@ COLOURS: dict[Role, Any] = {
     "fresh": ORANGE,
 }
 WIDTHS: dict[Role, float] = {"run": 0.5, "mean": 1.8, "checkpoint": 1.3, "first": 1.1, "last": 1.1, "fresh": 1.1}
-HUES: list[Any] = [_PALETTE[at] for at in (0, 3, 2, 4, 9, 1, 5)]
-"""Colours of courses: those of the palette that stand out from white paper and from the grey of the chance level."""
-SHAPES = "os^DvPX"
-"""Markers of courses, as many as colours."""
-DARK = "0.35"
 MARKERS: dict[Role, str] = {"checkpoint": "o", "last": "o", "first": "o", "mean": "o", "run": ".", "fresh": "D"}
 
 
@@ -88,7 +77,19 @@ def draw(figure: Figure, path: Path) -> tuple[Path, Path]:
         TraceError: A file cannot be written.
         UsageError: The figure has no panel.
     """
-    return _saved(lambda: _laid_out(figure), path)
+    return saved(lambda: _laid_out(figure), path)
+
+
+def render(figure: Figure | CourseFigure) -> Rendered:
+    """Renders a figure without writing it.
+
+    Args:
+        figure: What to draw.
+
+    Raises:
+        UsageError: The figure has no panel.
+    """
+    return rendered(lambda: _courses_laid_out(figure) if isinstance(figure, CourseFigure) else _laid_out(figure))
 
 
 def draw_trace(trace: Path, folder: Path | None = None) -> list[Path]:
@@ -129,7 +130,7 @@ def draw_courses(figure: CourseFigure, path: Path) -> tuple[Path, Path]:
         TraceError: A file cannot be written.
         UsageError: The figure has no panel.
     """
-    return _saved(lambda: _courses_laid_out(figure), path)
+    return saved(lambda: _courses_laid_out(figure), path)
 
 
 def draw_run(folder: Path) -> list[Path]:
@@ -155,102 +156,27 @@ def draw_run(folder: Path) -> list[Path]:
     return [path for name, figure in zip(names, wanted, strict=True) for path in draw_courses(figure, into / name)]
 
 
-def _saved(build: Callable[[], Canvas], path: Path) -> tuple[Path, Path]:
-    stem = path.with_suffix("") if path.suffix in (".png", ".pdf") else path
-    paths = stem.with_name(stem.name + ".png"), stem.with_name(stem.name + ".pdf")
-    for target, content in zip(paths, _rendered(build), strict=True):
-        _write(target, content)
-    return paths
-
-
-def _write(path: Path, content: bytes) -> None:
-    try:
-        path.write_bytes(content)
-    except OSError as error:
-        raise TraceError(f"expected to write the figure {path}: {error}; name another folder or make room") from error
-
-
-def _rendered(build: Callable[[], Canvas]) -> tuple[bytes, bytes]:
-    with _style():
-        canvas = build()
-        png, pdf = BytesIO(), BytesIO()
-        canvas.savefig(png, format="png", dpi=DPI, metadata={"Software": None})
-        canvas.set_layout_engine("none")  # it is settled; settling it again for the second file would only cost time
-        canvas.savefig(pdf, format="pdf", dpi=DPI, metadata={"Creator": None, "Producer": None, "CreationDate": None})
-    return png.getvalue(), pdf.getvalue()
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    own = {
-        "text.parse_math": False,
-        "text.usetex": False,
-        "font.family": [FONT],
-        "axes.formatter.use_mathtext": False,
-        "axes.unicode_minus": True,
-        "axes.titlesize": 8.5,
-        "axes.labelsize": 8,
-        "xtick.labelsize": 7.5,
-        "ytick.labelsize": 7.5,
-        "legend.fontsize": 8,
-        "axes.titlelocation": "left",
-        "pdf.fonttype": 42,
-        "path.simplify": True,
-        "savefig.bbox": None,
-        "figure.facecolor": "white",
-    }
-    with mpl.rc_context():
-        mpl.rcdefaults()  # a user's matplotlibrc would make the same figure look different elsewhere
-        settings: Any = mpl.rcParams
-        settings.update({**sns.plotting_context("paper"), **sns.axes_style("ticks"), **own})
-        yield
-
-
 def _laid_out(figure: Figure) -> Canvas:
     """Panels in a grid under the title, the legend under them, the caption at the foot."""
-    _check_panels(figure.name, figure.panels)
+    check_panels(figure.name, figure.panels)
     columns, rows, width, height = grid_of(figure.panels)
     room = axes_width(figure.panels)
     handles = _handles(figure.panels)
-    canvas, upper = _framed(figure.title, figure.caption, width, rows * height + 0.15, handles, 3)
+    longest = max(map(len, handles), default=0)
+    beside = min(max(int(width / (0.057 * longest + 0.45)), 1), 3)
+    canvas, upper = framed(figure.title, figure.caption, width, rows * height + 0.15, handles, beside)
     grid = upper.subplots(rows, columns, squeeze=False).ravel()
     for number, (axes, panel) in enumerate(zip(grid, figure.panels, strict=False)):
-        axes.set_title(_wrapped(panel.title, "panel", int(room * 14)), fontsize=8.5)
+        axes.set_title(wrapped(panel.title, "panel", int(room * 14)), fontsize=8.5)
         _draw_panel(axes, panel, first=number % columns == 0)
     for axes in grid[len(figure.panels) :]:
         axes.remove()
     return canvas
 
 
-def _check_panels(name: str, panels: Sequence[object]) -> None:
-    if not panels:
-        raise UsageError(f"expected a figure with at least one panel, got none in {plain(name)[:60]!r}")
-
-
-def _framed(
-    title: str, caption: str, width: float, body: float, handles: Mapping[str, Line2D], columns: int
-) -> tuple[Canvas, Any]:
-    """A canvas with title, legend and caption, and the part of it that has room for panels of a height of `body` inches."""
-    title = _wrapped(title, "title", int(width * 12.5))
-    caption = _wrapped(caption, "caption", int(width * 18.5))
-    foot = 0.14 * (caption.count("\n") + 1) + 0.12
-    height = body + 0.2 * (title.count("\n") + 1) + 0.2 * ceil(len(handles) / columns)
-    canvas = Canvas(figsize=(width, height + foot), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(canvas)
-    parts: Any = canvas.subfigures(2, 1, height_ratios=[height, foot])
-    upper, lower = parts
-    upper.suptitle(title, x=0.012, ha="left", fontsize=11)
-    if handles:
-        names = [_shown(label, "legend") for label in handles]
-        look: dict[str, Any] = {"ncols": columns, "frameon": False, "fontsize": 7.5}
-        upper.legend(list(handles.values()), names, loc="outside lower left", **look)
-    lower.text(0.012, 1.0, caption, ha="left", va="top", fontsize=7, color="0.25", linespacing=1.25, wrap=False)
-    return canvas, upper
-
-
 def _courses_laid_out(figure: CourseFigure) -> Canvas:
     """Panels with the same axes: names at the left and at the foot alone."""
-    _check_panels(figure.name, figure.panels)
+    check_panels(figure.name, figure.panels)
     count = len(figure.panels)
     columns = {1: 1, 2: 2, 4: 2}.get(count, 3)
     rows, width, height = ceil(count / columns), max(5.4, 2.5 * columns + 0.4), 3.2 if count == 1 else 2.3
@@ -258,16 +184,16 @@ def _courses_laid_out(figure: CourseFigure) -> Canvas:
     handles = dict(zip(told_apart(list(looks), int(width * 12)), looks.values(), strict=True))
     longest = max(map(len, handles), default=0)
     beside = min(max(int(width / (0.057 * longest + 0.45)), 1), 4)
-    canvas, upper = _framed(figure.title, figure.caption, width, rows * height + 0.15, handles, beside)
+    canvas, upper = framed(figure.title, figure.caption, width, rows * height + 0.15, handles, beside)
     grid = upper.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
     for number, (axes, panel) in enumerate(zip(grid, figure.panels, strict=False)):
-        axes.set_title(_wrapped(panel.title, "panel", int(width / columns * 12)), fontsize=8.5)
+        axes.set_title(wrapped(panel.title, "panel", int(width / columns * 12)), fontsize=8.5)
         _draw_courses(axes, panel, figure)
         if number % columns == 0:
-            lines = (_wrapped(text, "axis", int(height * 14)) for text in (figure.y_label, f"({figure.units})"))
+            lines = (wrapped(text, "axis", int(height * 14)) for text in (figure.y_label, f"({figure.units})"))
             axes.set_ylabel("\n".join(lines))
         if number + columns >= count:
-            axes.set_xlabel(_shown(figure.x_label, "axis"))
+            axes.set_xlabel(shown(figure.x_label, "axis"))
             axes.tick_params(labelbottom=True)
     for axes in grid[count:]:
         axes.remove()
@@ -280,9 +206,9 @@ def _draw_courses(axes: Axes, panel: CoursePanel, figure: CourseFigure) -> None:
     for number, course in enumerate(panel.courses):
         _draw_course(axes, course, figure, *_aside(figure, number, len(panel.courses)))
     axes.set_xlim(*figure.x_limits)
-    _scaled(axes, "y", figure.scale, figure.limits)
+    scaled(axes, "y", figure.scale, figure.limits)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=STEPS, integer=True, min_n_ticks=1))
-    axes.xaxis.set_major_formatter(_linear_formatter())
+    axes.xaxis.set_major_formatter(linear_formatter())
     sns.despine(ax=axes)
 
 
@@ -298,7 +224,7 @@ def _aside(figure: CourseFigure, number: int, count: int) -> tuple[float, float]
 
 def _draw_course(axes: Axes, course: Course, figure: CourseFigure, run_aside: float, control_aside: float) -> None:
     """The control, then the run over it."""
-    colour, shape = _course_look(course.hue)
+    colour, shape = course_look(course.hue)
     for curve, aside in ((course.control, control_aside), (course.run, run_aside)):
         if curve is None:
             continue
@@ -318,22 +244,17 @@ def _draw_course(axes: Axes, course: Course, figure: CourseFigure, run_aside: fl
         axes.plot(x[marked], curve.y[marked], **dot, markerfacecolor=face, markeredgecolor=edge)
 
 
-def _course_look(hue: int) -> tuple[Any, str]:
-    """Colour and marker: each pair comes once in as many courses as there are pairs."""
-    return HUES[hue % len(HUES)], SHAPES[(hue + hue // len(HUES)) % len(SHAPES)]
-
-
 def _course_handles(figure: CourseFigure) -> dict[str, Line2D]:
     """The entries of the legend: each label once, then in grey what dashes and dots are."""
     found: dict[str, Line2D] = {}
     drawn = [course for panel in figure.panels for course in panel.courses]
     for course in sorted(drawn, key=lambda course: course.hue):
-        colour, shape = _course_look(course.hue)
+        colour, shape = course_look(course.hue)
         found.setdefault(course.label, Line2D([], [], color=colour, marker=shape, markersize=3.6, linewidth=1.5))
     controlled = [course for course in drawn if course.control is not None]
     if controlled:
         one = len(found) == 1
-        colour, shape = _course_look(controlled[0].hue) if one else (DARK, "o")
+        colour, shape = course_look(controlled[0].hue) if one else (DARK, "o")
         dashes: dict[str, Any] = {"linestyle": "--", "linewidth": 1, "markersize": 3.6, "markerfacecolor": "white"}
         found[CONTROL] = Line2D([], [], color=colour, marker=shape, **dashes)
     if figure.chance is not None:
@@ -362,15 +283,16 @@ def _draw_lines(axes: Axes, panel: Lines) -> None:
     floor = panel.limits[0] * 1e-3 if panel.limits else -np.inf
     for curve in panel.curves:
         _draw_curve(axes, curve, floor, panel.whole)
-    _scaled(axes, "y", panel.scale, panel.limits)
-    axes.set_xlabel(_shown(panel.x_label, "axis"))
-    axes.set_ylabel(_shown(panel.y_label, "axis"))
+    scaled(axes, "y", panel.scale, panel.limits)
+    axes.set_xlabel(shown(panel.x_label, "axis"))
+    axes.set_ylabel(shown(panel.y_label, "axis"))
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=STEPS, integer=panel.whole))
-    axes.xaxis.set_major_formatter(_linear_formatter())
+    axes.xaxis.set_major_formatter(linear_formatter())
 
 
 def _draw_curve(axes: Axes, curve: Curve, floor: float, whole: bool) -> None:
-    colour, thin = COLOURS[curve.role], curve.role == "run"
+    thin = curve.role == "run"
+    colour, shape = (COLOURS[curve.role], MARKERS[curve.role]) if curve.hue is None else course_look(curve.hue)
     y, alone = np.maximum(curve.y, floor), _alone(curve.y)
     if curve.lower is not None and curve.upper is not None:
         lower, upper = np.maximum(curve.lower, floor), np.maximum(curve.upper, floor)
@@ -380,7 +302,7 @@ def _draw_curve(axes: Axes, curve: Curve, floor: float, whole: bool) -> None:
     axes.plot(curve.x, y, color=colour, linestyle=stroke, linewidth=WIDTHS[curve.role], alpha=0.5 if thin else 1)
     marked = ~np.isnan(y) if whole and not thin and curve.x.size <= 40 else alone
     if marked.any():
-        axes.plot(curve.x[marked], y[marked], **_dot(curve.role, colour, size=3))
+        axes.plot(curve.x[marked], y[marked], linestyle="", marker=shape, markersize=3, color=colour)
     if curve.doubtful is not None and curve.doubtful.any():
         axes.plot(curve.x[curve.doubtful], y[curve.doubtful], **_dot(curve.role, "white"))
 
@@ -415,14 +337,14 @@ def _draw_heat_map(axes: Axes, panel: HeatMap, *, labelled: bool) -> None:
     axes.set(xlim=(left, columns - 0.5), ylim=(lines - 0.5, -0.5), facecolor="0.8")
     ticks, names = [*ticks, *spread(columns, 8)], [*names, *(panel.columns[at] for at in spread(columns, 8))]
     upright = max(map(len, names)) * len(names) > 22
-    axes.set_xticks(ticks, [_shown(name, "label") for name in names], rotation=90 if upright else 0)
-    axes.set_xlabel(_shown(panel.x_label, "axis"))
+    axes.set_xticks(ticks, [shown(name, "label") for name in names], rotation=90 if upright else 0)
+    axes.set_xlabel(shown(panel.x_label, "axis"))
     _label_axis(axes, panel.labels, np.arange(lines), labelled)
     assert axes.figure is not None
     bar = axes.figure.colorbar(mesh, ax=axes, fraction=0.06, pad=0.03, aspect=height_of_lines(lines) / 0.11)
-    bar.set_label(_shown(panel.value_label, "axis"), fontsize=7.5)
+    bar.set_label(shown(panel.value_label, "axis"), fontsize=7.5)
     bar.ax.tick_params(labelsize=7)
-    _ticked(bar.ax.yaxis, panel.scale, low, high)
+    ticked(bar.ax.yaxis, panel.scale, low, high)
     bar.ax.yaxis.get_offset_text().set_fontsize(7)
 
 
@@ -447,12 +369,12 @@ def _draw_dots(axes: Axes, panel: Dots, *, labelled: bool) -> None:
     _label_axis(axes, panel.labels, positions, labelled)
     bold: dict[str, Any] = {"ha": "right", "va": "center", "fontsize": 7.5, "fontweight": "bold", "transform": across}
     for position, heading in headings:
-        axes.text(-0.02, position, _shown(heading, "label"), **bold)
+        axes.text(-0.02, position, shown(heading, "label"), **bold)
     for position, note in zip(positions, panel.notes, strict=False):
-        axes.text(1.02, position, _shown(note, "label"), va="center", fontsize=7, color="0.3", transform=across)
+        axes.text(1.02, position, shown(note, "label"), va="center", fontsize=7, color="0.3", transform=across)
     axes.set_ylim(float(positions.max(initial=0)) + 0.7, -0.7)
-    _scaled(axes, "x", panel.scale, ratio_limits(panel))
-    axes.set_xlabel(_shown(panel.x_label, "axis"))
+    scaled(axes, "x", panel.scale, ratio_limits(panel))
+    axes.set_xlabel(shown(panel.x_label, "axis"))
 
 
 def _draw_points(axes: Axes, points: Points, positions: Numbers) -> None:
@@ -462,41 +384,10 @@ def _draw_points(axes: Axes, points: Points, positions: Numbers) -> None:
 
 
 def _label_axis(axes: Axes, labels: Sequence[str], positions: Numbers, labelled: bool) -> None:
-    names = [_shown(label, "label") for label in labels] if labelled else []
+    names = [shown(label, "label") for label in labels] if labelled else []
     axes.yaxis.set_major_locator(FixedLocator([float(at) for at in positions]))
     axes.set_yticks(positions, names or [""] * len(labels), fontsize=6.3 if len(labels) > 40 else 7.2)
     axes.tick_params(axis="y", length=0)
-
-
-def _scaled(axes: Axes, name: str, scale: Scale, limits: tuple[float, float] | None) -> None:
-    options = {"linthresh": scale.threshold} if scale.kind == "symlog" else {}
-    (axes.set_xscale if name == "x" else axes.set_yscale)(scale.kind, **options)
-    axis = axes.xaxis if name == "x" else axes.yaxis
-    if limits is not None:
-        (axes.set_xlim if name == "x" else axes.set_ylim)(*limits)
-    _ticked(axis, scale, *sorted(axis.get_view_interval()))
-
-
-def _ticked(axis: Any, scale: Scale, low: float, high: float) -> None:
-    """Ticks whose labels need no formula: powers of ten in small raised digits."""
-    axis.set_minor_locator(NullLocator())
-    if scale.kind == "linear":
-        axis.set_major_locator(MaxNLocator(5, steps=STEPS))
-        axis.set_major_formatter(_linear_formatter())
-        return
-    if scale.kind == "log":
-        narrow = low > 0 and high / low < 50
-        locator = LogLocator(10, subs=(1.0, 2.0, 5.0) if narrow else (1.0,), numticks=6)
-    else:
-        locator = FixedLocator(symlog_ticks(low, high, scale.threshold))
-    axis.set_major_locator(locator)
-    axis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(value)))
-
-
-def _linear_formatter() -> Formatter:
-    formatter = ScalarFormatter(useOffset=False, useMathText=False)
-    formatter.set_powerlimits((-3, 5))
-    return formatter
 
 
 def _handles(panels: Sequence[Panel]) -> dict[str, Line2D]:
@@ -505,7 +396,10 @@ def _handles(panels: Sequence[Panel]) -> dict[str, Line2D]:
     for panel in panels:
         if isinstance(panel, Lines):
             for curve in panel.curves:
-                found.setdefault(curve.label, _line_handle(curve.role, panel.whole and curve.role != "run"))
+                handle = _line_handle(curve.role, panel.whole and curve.role != "run")
+                if curve.hue is not None:
+                    handle.set(**dict(zip(("color", "marker"), course_look(curve.hue), strict=True)))
+                found.setdefault(curve.label, handle)
             if panel.level is not None:
                 found.setdefault(panel.level.label, _line_handle("fresh", False))
             if any(c.doubtful is not None and (c.doubtful & ~np.isnan(c.y)).any() for c in panel.curves):
@@ -523,18 +417,3 @@ def _line_handle(role: Role, marked: bool) -> Line2D:
 
 def _face(role: Role) -> Any:
     return "white" if role == "fresh" else COLOURS[role]
-
-
-def _wrapped(text: str, kind: str, width: int) -> str:
-    return textwrap.fill(_shown(text, kind), max(width, 12), break_long_words=True)
-
-
-def _shown(text: str, kind: str) -> str:
-    """Text that can be drawn: one line, shortened, and a replacement for every character the font lacks."""
-    known = _characters()
-    return "".join(c if ord(c) in known else "\N{REPLACEMENT CHARACTER}" for c in shortened(plain(text), LONGEST[kind]))
-
-
-@cache
-def _characters() -> frozenset[int]:
-    return frozenset(get_font(findfont(FONT)).get_charmap())

@@ -70,7 +70,7 @@ def series_figures(group: Group) -> list[Figure]:
     several = f"{len(group.runs)} runs, {counted(count, axis)}"
     title = f"{shortened(group.label, 60)}: {several if len(group.runs) > 1 else counted(count, 'checkpoint')}"
     panels = [_series_panel(group, quantity) for quantity in quantities]
-    return list(_split(f"{group.label[:60]}-series", title, panels, caption, PANELS))
+    return list(split(f"{group.label[:60]}-series", title, panels, caption, PANELS))
 
 
 def label_figures(group: Group) -> list[Figure]:
@@ -91,7 +91,7 @@ def label_figures(group: Group) -> list[Figure]:
             name = f"{group.label[:60]}-{dim[:30]}"
             panels = [panel for q in own for panel in _label_panels(group, q, block)]
             caption = " ".join(filter(None, (group.conditions(), _label_words(group, own), group.problems())))
-            found += _split(name, title, panels, caption, _fitting(block.stop - block.start))
+            found += split(name, title, panels, caption, _fitting(block.stop - block.start))
     return found
 
 
@@ -323,7 +323,16 @@ def _ratio_words(used: Sequence[Group]) -> str:
     return " ".join([words, *whiskers, told, *problems])
 
 
-def _split(name: str, title: str, panels: Sequence[Panel], caption: str, most: int) -> Iterator[Figure]:
+def split(name: str, title: str, panels: Sequence[Panel], caption: str, most: int) -> Iterator[Figure]:
+    """Panels as figures of at most so many panels each, of about the same size.
+
+    Args:
+        name: What the files are called, before it is made safe.
+        title: One line above; figures of several say which one they are.
+        panels: All panels.
+        caption: The caption of each.
+        most: The most panels of a figure.
+    """
     parts = -(-len(panels) // most)
     size = -(-len(panels) // max(parts, 1))
     for at in range(parts):

@@ -40,12 +40,22 @@ def height_of_lines(lines: int) -> float:
 
 
 def positions_of(panel: Dots) -> tuple[Numbers, list[tuple[float, str]]]:
-    """Where each label stands, counted downwards, with a line left free for each heading, and where the headings stand."""
+    """Where each label of a panel stands, and where the headings stand."""
+    return headed(panel.labels, panel.groups)
+
+
+def headed(labels: Sequence[str], groups: Sequence[str]) -> tuple[Numbers, list[tuple[float, str]]]:
+    """Where each label stands, counted downwards, with a line left free for each heading, and where the headings stand.
+
+    Args:
+        labels: Names of the lines, from top to bottom.
+        groups: For each label the heading it stands under; empty for no headings.
+    """
     at, last = 0.0, None
     positions: list[float] = []
     headings: list[tuple[float, str]] = []
-    for number in range(len(panel.labels)):
-        heading = panel.groups[number] if panel.groups else None
+    for number in range(len(labels)):
+        heading = groups[number] if groups else None
         if heading is not None and heading != last:
             headings.append((at, heading))
             at += 1

@@ -1,7 +1,8 @@
 """What a figure consists of: plain frozen data that says what is drawn and nothing about how.
 
-A figure has panels of three kinds: `Lines` (something against an axis), `HeatMap` (labels by columns) and `Dots` (one line a label). What stands
-behind a line is its `Role`; which colour and stroke a role has is `report/draw.py`'s business.
+A figure of measurements has panels of three kinds: `Lines` (something against an axis), `HeatMap` (labels by columns) and `Dots` (one line a
+label). What stands behind a line is its `Role`; which colour and stroke a role has is `report/draw.py`'s business. A figure of verdicts has
+panels of the kinds `Forest`, `SignMap` and `Cloud`.
 """
 
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ class Curve:
         lower: Lower edge of the band, shape (n,).
         upper: Upper edge.
         doubtful: True where the measurement did not end well, shape (n,); such points are drawn hollow.
+        hue: Number of its colour and marker where several settings are told apart; None for the colour of its role.
     """
 
     label: str
@@ -58,6 +60,7 @@ class Curve:
     lower: Numbers | None = None
     upper: Numbers | None = None
     doubtful: NDArray[np.bool_] | None = None
+    hue: int | None = None
 
 
 @dataclass(frozen=True)
@@ -188,6 +191,132 @@ class Figure:
     name: str
     title: str
     panels: tuple[Panel, ...]
+    caption: str
+
+
+@dataclass(frozen=True, eq=False)
+class Estimates:
+    """Estimates of one kind, a dot with its interval each.
+
+    Args:
+        label: Their entry in the legend.
+        look: Name of their colour and marker.
+        values: Shape (labels,); NaN where there is none.
+        lower: Lower end of the interval, shape (labels,).
+        upper: Upper end.
+    """
+
+    label: str
+    look: str
+    values: Numbers
+    lower: Numbers
+    upper: Numbers
+
+
+@dataclass(frozen=True, eq=False)
+class Forest:
+    """One line a label, estimates with their intervals on it.
+
+    Args:
+        title: What sets this panel apart; empty for a single one.
+        x_label: Name and units of the horizontal axis.
+        labels: Names of the lines, from top to bottom.
+        estimates: In the order of drawing.
+        beside: Whether estimates of a line stand one under the other; otherwise a line has one.
+        groups: For each label the heading it stands under; empty for no headings.
+        notes: For each label a remark at the right edge; empty for none.
+        reference: Where a vertical line stands; None for none.
+        shaded: From where to where the background is shaded; None for nowhere.
+        limits: Ends of the horizontal axis; None to fit the data.
+    """
+
+    title: str
+    x_label: str
+    labels: tuple[str, ...]
+    estimates: tuple[Estimates, ...]
+    beside: bool = False
+    groups: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    reference: float | None = None
+    shaded: tuple[float, float] | None = None
+    limits: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class SignMap:
+    """Values of labels by columns, of both signs: colours diverge from zero.
+
+    Args:
+        title: What sets this panel apart; empty for a single one.
+        x_label: Name of the horizontal axis.
+        columns: Names of the columns.
+        labels: Names of the lines, from top to bottom.
+        values: Shape (labels, columns); NaN where there is none.
+        marked: Which of them have a mark, same shape.
+        value_label: Name and units of the values.
+        separated: The column that a line stands behind, to set those before it apart; None for no line.
+    """
+
+    title: str
+    x_label: str
+    columns: tuple[str, ...]
+    labels: tuple[str, ...]
+    values: Numbers
+    marked: NDArray[np.bool_]
+    value_label: str
+    separated: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Trail:
+    """The way of one run through a plane, from task to task.
+
+    Args:
+        label: Its entry in the legend.
+        hue: Number of its colour and marker.
+        x: Shape (n,).
+        y: Same shape.
+    """
+
+    label: str
+    hue: int
+    x: Numbers
+    y: Numbers
+
+
+@dataclass(frozen=True, eq=False)
+class Cloud:
+    """One quantity against another.
+
+    Args:
+        title: What is shown, in words.
+        x_label: Name and units of the horizontal axis.
+        y_label: Name and units of the vertical axis.
+        trails: In the order of drawing.
+        scale: Layout of the horizontal axis.
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    trails: tuple[Trail, ...]
+    scale: Scale = LINEAR
+
+
+@dataclass(frozen=True, eq=False)
+class VerdictFigure:
+    """A figure of what predicts what: panels of one kind, `report/draw_verdicts.py` draws it.
+
+    Args:
+        name: What its file is called, before it is made safe.
+        title: One line above it.
+        panels: From left to right, then down.
+        caption: How many runs, configurations and tasks it rests on, its units, and what every interval and mark is.
+    """
+
+    name: str
+    title: str
+    panels: tuple[Forest, ...] | tuple[SignMap, ...] | tuple[Cloud, ...]
     caption: str
 
 

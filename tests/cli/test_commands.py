@@ -12,7 +12,7 @@ import pytest
 THIRD_PARTY = Path(__file__).parents[1] / "third_party"
 
 
-@pytest.mark.parametrize("command", [[], ["analyze"], ["show"], ["list"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["analyze"], ["report"], ["show"], ["list"], ["demo"]])
 def test_every_command_has_help(cli, command) -> None:
     ended = cli(*command, "--help")
     assert ended.code == 0

@@ -103,6 +103,18 @@ def test_measurements_that_did_not_end_well_are_missing() -> None:
     assert any("1 of 2 measurements did not end well" in note for note in found.notes)
 
 
+def test_infinite_numbers_are_missing() -> None:
+    found = align([measured(0, 0, 1.0), measured(0, 1, float("inf")), *told([outcome(0, 0), outcome(0, 1)])])
+    assert found.panel.predictors["fisher_rank.rank"] == pytest.approx(np.array([[1, NAN]]), nan_ok=True)
+    assert found.notes == ("infinite numbers, which count as missing: 1",)
+
+
+def test_a_run_of_controls_alone_has_its_place() -> None:
+    found = align(told([outcome(0, 0, network="control")]))
+    assert found.panel.configurations == ("labels",)
+    assert found.panel.outcomes == {}
+
+
 def test_diverged_tasks_have_no_outcome() -> None:
     found = align([measured(0, 0, 1.0), *told([outcome(0, 0), outcome(0, 1, NAN, status="diverged")])])
     assert math.isnan(found.panel.outcomes["trainability"][0, 1])

@@ -13,6 +13,7 @@ from report_traces import array, number, quadrature, row, tree, typical
 
 from plasticity_probe.errors import RunError, TraceError, UsageError
 from plasticity_probe.report import draw as module
+from plasticity_probe.report.canvas import HUES, style
 from plasticity_probe.report.courses import CourseFigure, course_grid, courses
 from plasticity_probe.report.draw import draw, draw_courses, draw_run, draw_trace
 from plasticity_probe.report.figures import figures
@@ -227,7 +228,7 @@ def test_no_text_of_courses_covers_another_or_leaves_the_picture(name: str, monk
         original(text, *given, **named)
 
     monkeypatch.setattr(Text, "draw", draw_and_note)  # an axis also has labels that are never drawn
-    with module._style():
+    with style():
         canvas = module._courses_laid_out(COURSES[name])
         canvas.draw_without_rendering()
         found = {text: text.get_window_extent() for text in drawn_texts if text.get_visible()}
@@ -259,12 +260,12 @@ def test_twenty_courses_look_different_and_none_like_the_chance_level() -> None:
 
 
 def test_a_control_has_the_colour_of_its_run_and_is_dashed_and_hollow(tmp_path: Path) -> None:
-    with module._style():
+    with style():
         canvas = module._courses_laid_out(courses({"a": trained(4), "b": trained(4, 0.5)}))
     lines = canvas.axes[0].lines
     dashed = [line for line in lines if line.get_linestyle() == "--"]
     solid = [line for line in lines if line.get_linestyle() == "-" and len(line.get_xdata()) == 4]
-    assert [mpl.colors.to_hex(line.get_color()) for line in dashed] == [mpl.colors.to_hex(h) for h in module.HUES[:2]]
+    assert [mpl.colors.to_hex(line.get_color()) for line in dashed] == [mpl.colors.to_hex(h) for h in HUES[:2]]
     assert [line.get_color() for line in dashed] == [line.get_color() for line in solid]
     marks = [line for line in lines if line.get_linestyle() == "None"]
     assert [line.get_markerfacecolor() == "white" for line in marks] == [True, False, True, False]

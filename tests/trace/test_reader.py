@@ -17,7 +17,7 @@ from trace_rows import failed, row
 from plasticity_probe.errors import TraceError
 from plasticity_probe.trace.guard import MARK
 from plasticity_probe.trace.layout import COLUMNS, Row
-from plasticity_probe.trace.reader import open_trace, read_rows, unescaped
+from plasticity_probe.trace.reader import joined_rows, open_trace, read_rows, unescaped
 from plasticity_probe.trace.writer import escaped, open_for_append
 
 
@@ -150,6 +150,17 @@ def test_two_runs_of_one_name_are_kept_apart_when_their_checkpoints_show_it(tmp_
     tree = open_trace([one, two])
     assert tree["spectrum"]["run"].values.tolist() == [f"{one}:seed 0"] * 2 + [f"{two}:seed 0"] * 2
     assert tree["units"]["run"].values.tolist() == ["other"]
+
+
+def test_rows_of_several_traces_are_those_of_the_joined_trace(tmp_path: Path) -> None:
+    paths = [tmp_path / "a.h5", tmp_path / "b.h5"]
+    for at, path in enumerate(paths):
+        with open_for_append(path) as writer:
+            writer.append(row(run=f"run {at}"))
+    rows, sources = joined_rows(paths)
+    assert sources == [str(path) for path in paths]
+    assert [r.run for r in rows] == open_trace(paths)[rows[0].probe]["run"].values.tolist() == ["run 0", "run 1"]
+    assert joined_rows([paths[0], paths[0]]) == (read_rows(paths[0]), [str(paths[0])])
 
 
 def test_one_run_in_several_files_stays_one_run(tmp_path: Path) -> None:

@@ -1,0 +1,106 @@
+"""Does a collapse of curvature come before a network stops learning, and do its rivals do better? Trains, measures and judges a study.
+
+Run it with `python examples/does_curvature_predict.py`: two activations, five seeds and five tasks on the digits, with three quick probes; it
+takes half a minute, and its report says that these are too few runs to settle much. The studies of docs/findings.md take hours on two cores;
+STUDY is one of digits, mnist, regression and warm-start:
+
+    python examples/does_curvature_predict.py --study STUDY --seeds 20 --tasks 20 --epochs 0 --probes all
+        --activations relu leaky_relu tanh identity --remedies none l2-init shrink-perturb layer-norm
+
+Every setting is a run folder and a trace below --out; what is finished is neither trained nor measured again. Each checkpoint is measured on
+the task that comes next, before any update on it. The report, with every figure and the verdicts, is written to --out/STUDY-report.
+"""
+
+import argparse
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from plasticity_probe.analysis import analyze
+from plasticity_probe.probes.spectrum import HessianSpectrum
+from plasticity_probe.report.document import write_report
+from plasticity_probe.study import resolve_probes
+from plasticity_probe.training.loop import train
+from plasticity_probe.training.protocols import PROTOCOLS
+from plasticity_probe.training.remedies import remedy_named
+
+STUDIES = {
+    "digits": ("random-label-digits", {}),
+    "mnist": ("lewandowski-random-label-mnist", {"training.epochs": 30}),
+    "regression": ("slowly-changing-regression", {"stream.examples": 2000}),
+    "warm-start": (
+        "dash-growing",
+        {
+            "data.name": "mnist",
+            "data.examples": 4000,
+            "network": {"name": "mlp-relu", "hidden": [100, 100]},
+            "training.learning_rate": 0.01,
+            "training.epochs": 200,
+        },
+    ),
+}
+"""Protocols, and what makes them small enough for two cores."""
+QUICK = ("fisher_rank", "feature_rank", "weight_norms")
+UNFIT = ("memorization", "trainability")
+"""Probes that ask how well learned data are known, or that train copies: on the next task the one says nothing and the other costs too much."""
+PRODUCTS = 1000
+"""Curvature products allowed, as in `probe demo`: eigenvalues of networks that stopped learning lie close together."""
+
+
+def study(given: argparse.Namespace, activation: str, remedy: str) -> Path:
+    torch.set_num_threads(1)
+    name, smaller = STUDIES[given.study]
+    protocol = PROTOCOLS[name]
+    setting = protocol.setting.changed(smaller).changed(
+        {
+            "network.name": f"mlp-{activation}",
+            "stream.tasks": given.tasks,
+            "remedies": () if remedy == "none" else (remedy_named(remedy),),
+            "control_every": 1,
+            "checkpoint_every": 1,
+            "inside": 0,
+            **({"training.epochs": given.epochs} if given.epochs else {}),
+        }
+    )
+    name = f"{given.study}-{activation}-{remedy}"
+    train(setting, range(given.seeds), given.out / name, resume=True, protocol=protocol.name)
+    trace = given.out / f"{name}.h5"
+    analyze(given.out / name, on="next", fresh=0, probes=chosen(given.probes), trace=trace)
+    return trace
+
+
+def chosen(names: list[str]) -> dict:
+    if names != ["all"]:
+        return dict(resolve_probes(names))
+    probes = {**resolve_probes(None), "hessian_spectrum": HessianSpectrum(max_products=PRODUCTS)}
+    return {label: probe for label, probe in probes.items() if label not in UNFIT}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--study", choices=STUDIES, default="digits")
+    parser.add_argument("--activations", nargs="+", default=["relu", "tanh"])
+    parser.add_argument("--remedies", nargs="+", default=["none"])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--tasks", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=10, help="0: those of the study")
+    parser.add_argument("--probes", nargs="+", default=list(QUICK))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, default=Path("runs/does-curvature-predict"))
+    given = parser.parse_args()
+
+    settings = [(activation, remedy) for activation in given.activations for remedy in given.remedies]
+    with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as workers:
+        traces = list(workers.map(study, [given] * len(settings), *zip(*settings, strict=True)))
+    report = write_report(traces, given.out / f"{given.study}-report")
+    for judged in report.assessment.judged.values():
+        for j in judged:
+            print(f"{j.verdict}: {j.text}")
+    print(f"report: {report.page}")
+
+
+if __name__ == "__main__":
+    main()
