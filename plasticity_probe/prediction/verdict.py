@@ -248,11 +248,13 @@ def _verdict(e: Evidence, q: float, together_q: float, flip_q: float, together_f
         return Verdict.NOT_ASSESSED
     if flip_q <= LEVEL:
         return Verdict.REFUTED
-    if q <= LEVEL and e.gain.narrow_low > 0:
+    found = e.association.estimate
+    small = found.narrow_low >= -SMALLEST and found.narrow_high <= SMALLEST
+    if q <= LEVEL and e.gain.narrow_low > 0 and not small:
         return Verdict.PREDICTS
     if together_flip_q <= LEVEL:
         return Verdict.REFUTED
-    if e.association.estimate.narrow_low >= -SMALLEST and e.association.estimate.narrow_high <= SMALLEST:
+    if small:
         return Verdict.ACCOMPANIES if together_q <= LEVEL else Verdict.DOES_NOT_PREDICT
     return Verdict.INCONCLUSIVE
 

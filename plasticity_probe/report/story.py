@@ -190,9 +190,8 @@ def rules() -> list[tuple[str, str]]:
         ),
         (
             Verdict.PREDICTS,
-            f"The association at equal task and history has q ≤ {level}, and the predictor helps on runs that were left out: the "
-            "90 % interval of "
-            "its gain there lies above 0.",
+            f"The association at equal task and history has q ≤ {level}, its 90 % interval does not lie within ±{SMALLEST:g}, and the predictor "
+            "helps on runs that were left out: the 90 % interval of its gain there lies above 0.",
         ),
         (
             Verdict.REFUTED,

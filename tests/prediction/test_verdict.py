@@ -17,7 +17,7 @@ from simulated_studies import (
 from plasticity_probe.errors import UsageError
 from plasticity_probe.prediction.panel import Numbers, Panel
 from plasticity_probe.prediction.resampling import Interval
-from plasticity_probe.prediction.verdict import Judged, Verdict, assess, controlled, judge, weigh
+from plasticity_probe.prediction.verdict import SMALLEST, Judged, Verdict, assess, controlled, judge, weigh
 
 NAN = float("nan")
 
@@ -65,6 +65,15 @@ def test_curves_that_fall_together_accompany_only() -> None:
 def test_a_copy_of_earlier_outcomes_accompanies_only() -> None:
     x, y = follows_last(np.random.default_rng(3), 4, 12, 20)
     assert judged(x, y).verdict is Verdict.ACCOMPANIES
+
+
+def test_a_link_too_small_to_be_of_use_is_no_prediction_however_sure_it_is() -> None:
+    x, y = linked(0.1)(np.random.default_rng(0), 4, 60, 20)
+    found = judged(x, y)
+    assert found.q <= 0.001
+    assert found.evidence.gain.narrow_low > 0
+    assert found.evidence.association.estimate.narrow_high < SMALLEST
+    assert found.verdict is Verdict.ACCOMPANIES
 
 
 def test_unrelated_drifts_do_not_predict() -> None:
