@@ -159,7 +159,7 @@ def equal_task_variables(variables: Numbers) -> Numbers:
     Returns:
         Shape (2 + 2 known, run, task), each centred and scaled to unit variance over the runs at each task.
     """
-    known = ~np.isnan(variables).any(axis=0)
+    known = _known(variables)
     return np.concatenate([equal_task_scores(variables), _standardised(variables[2:], known)])
 
 
@@ -172,7 +172,7 @@ def equal_task_scores(variables: Numbers) -> Numbers:
     Returns:
         Same shape; 0 at places that do not count and at tasks where a variable does not vary or fewer than three runs are known.
     """
-    known = ~np.isnan(variables).any(axis=0)
+    known = _known(variables)
     return _standardised(np.asarray(rankdata(np.where(known, variables, np.inf), axis=1), dtype=float), known)
 
 
@@ -195,6 +195,10 @@ def rank_correlations(predictor: Numbers, outcome: Numbers) -> Numbers:
 def standard(values: Numbers) -> Numbers:
     """Values centred and scaled to unit variance."""
     return (values - values.mean()) / values.std()
+
+
+def _known(variables: Numbers) -> NDArray[np.bool_]:
+    return np.asarray(~np.isnan(variables).any(axis=0))
 
 
 def _standardised(values: Numbers, known: NDArray[np.bool_]) -> Numbers:
