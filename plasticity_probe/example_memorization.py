@@ -16,8 +16,9 @@ from plasticity_probe.errors import CheckpointError, DataError, UsageError
 from plasticity_probe.network.isolation import isolated
 from plasticity_probe.prediction import training_influence
 from plasticity_probe.prediction.member_differences import Marks
+from plasticity_probe.prediction.plain import plain
 from plasticity_probe.prediction.resampling import DRAWS
-from plasticity_probe.prediction.subset_memorization import MEMORISED, SubsetMemorization, plain, subset_memorization
+from plasticity_probe.prediction.subset_memorization import MEMORISED, SubsetMemorization, subset_memorization
 from plasticity_probe.prediction.training_influence import INFLUENTIAL, Pairs
 from plasticity_probe.run_tasks import RunTasks, run_tasks
 from plasticity_probe.training.outcomes import OK

@@ -11,6 +11,7 @@ from plasticity_probe.prediction.alignment import Aligned, align
 from plasticity_probe.prediction.association import FEWEST_RUNS, FEWEST_TASKS
 from plasticity_probe.prediction.held_out import gain_on_runs
 from plasticity_probe.prediction.panel import history, led
+from plasticity_probe.prediction.plain import plain
 from plasticity_probe.prediction.resampling import DRAWS, EXCHANGES, UNKNOWN, Interval
 from plasticity_probe.prediction.verdict import LEADS, LEVEL, MISSING, SMALLEST, Evidence, Judged, judge, weigh
 from plasticity_probe.trace.layout import Row
@@ -54,7 +55,7 @@ class Assessment:
     def to_dict(self) -> dict[str, Any]:
         """The verdicts as plain data, as `verdict.json` holds them; what is not finite is None."""
         panel = self.aligned.panel
-        return _plain(
+        return plain(
             {
                 "schema": SCHEMA,
                 "runs": len(panel.runs),
@@ -222,13 +223,3 @@ def _evidence(e: Evidence) -> dict[str, Any]:
         "lead_time": {**asdict(e.lead_time.mean), "runs": e.lead_time.events, "predictor_first": e.lead_time.first},
         "leads": {str(lead): asdict(found) for lead, found in e.leads.items()},
     }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value

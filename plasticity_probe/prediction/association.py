@@ -11,6 +11,7 @@ from scipy.stats import rankdata
 
 from plasticity_probe.prediction.panel import Numbers, Panel
 from plasticity_probe.prediction.resampling import (
+    EXCHANGES,
     UNKNOWN,
     Groups,
     Interval,
@@ -25,6 +26,8 @@ FEWEST_RUNS = 5
 """Configurations with fewer runs do not count (our choice: five runs can be exchanged in 120 ways, the least that lets p fall below .01)."""
 FEWEST_TASKS = 3
 """Ranks of fewer than three points agree or disagree fully by chance."""
+FEWEST_CONFIGURATIONS = 3
+"""So are those of fewer than three configurations."""
 EXACT = 8
 """Up to this many configurations all their orders are gone through (8! = 40 320)."""
 
@@ -124,7 +127,7 @@ def between_configurations(panel: Panel, predictor: Numbers, outcome: Numbers) -
         outcome: Shape (run, task).
 
     Returns:
-        (correlation, p, configurations); NaN with fewer than three. Beyond eight configurations p is that of 4999 random orders.
+        (correlation, p, configurations); NaN with fewer than three. Beyond eight, p is that of random orders, always the same ones.
     """
     defined = ~np.isnan(predictor) & ~np.isnan(outcome)
     means = np.array(
@@ -134,7 +137,7 @@ def between_configurations(panel: Panel, predictor: Numbers, outcome: Numbers) -
             if defined[group].any()
         ]
     ).reshape(-1, 2)
-    if len(means) < FEWEST_TASKS or np.ptp(means, axis=0).min() == 0:
+    if len(means) < FEWEST_CONFIGURATIONS or np.ptp(means, axis=0).min() == 0:
         return math.nan, math.nan, len(means)
     x, y = (standard(rankdata(column)) for column in means.T)
     count = len(x)
@@ -142,7 +145,9 @@ def between_configurations(panel: Panel, predictor: Numbers, outcome: Numbers) -
         orders = np.array(list(permutations(range(count))))
     else:
         rng = np.random.default_rng(0)
-        orders = np.concatenate([np.arange(count)[None], rng.permuted(np.tile(np.arange(count), (4999, 1)), axis=1)])
+        orders = np.concatenate(
+            [np.arange(count)[None], rng.permuted(np.tile(np.arange(count), (EXCHANGES, 1)), axis=1)]
+        )
     found = x[orders] @ y / count
     return float(found[0]), float(np.mean(np.abs(found) >= abs(found[0]) - 1e-12)), count
 

@@ -26,6 +26,7 @@ from plasticity_probe.prediction.member_differences import (
     weighted_differences,
 )
 from plasticity_probe.prediction.panel import Numbers
+from plasticity_probe.prediction.plain import plain
 from plasticity_probe.prediction.proportions import LEVEL
 from plasticity_probe.prediction.resampling import DRAWS
 
@@ -184,19 +185,6 @@ def spearman_brown(correlation: float) -> float:
         correlation: r, above -1.
     """
     return 2 * correlation / (1 + correlation)
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON holds it: arrays as lists, and None for what is not finite.
-
-    Args:
-        value: An array, a number or a text.
-    """
-    if isinstance(value, np.ndarray | list | tuple):
-        return [plain(entry) for entry in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _shares(weights: Numbers, inside: Marks, right: Numbers, cut: float) -> tuple[Numbers, Numbers]:

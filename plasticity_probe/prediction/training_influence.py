@@ -10,7 +10,8 @@ from numpy.typing import ArrayLike, NDArray
 from plasticity_probe.errors import UsageError
 from plasticity_probe.prediction.member_differences import Counts, Differences, checked, differences
 from plasticity_probe.prediction.panel import Numbers
-from plasticity_probe.prediction.subset_memorization import HELD, MEMORISED, SLACK, plain
+from plasticity_probe.prediction.plain import plain
+from plasticity_probe.prediction.subset_memorization import HELD, MEMORISED, SLACK
 
 INFLUENTIAL = 0.15
 """From so much on an example counts as deciding a prediction elsewhere (Feldman and Zhang 2020; known to us from secondary sources)."""

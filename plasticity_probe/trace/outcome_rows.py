@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from plasticity_probe.measurement import Role
 from plasticity_probe.trace.layout import Row, Variable, canonical
 from plasticity_probe.training.outcomes import NUMBERS, OK, Outcome, in_order
 
@@ -24,9 +25,9 @@ MEANINGS = {
     "test_accuracy": ("share of test examples predicted rightly", "1"),
 }
 _COUNTS = {
-    "end_step": "updates since the run began, at the end of the task",
-    "updates": "updates on the task",
-    "epochs": "passes over its examples",
+    "end_step": ("updates since the run began, at the end of the task", "step"),
+    "updates": ("updates on the task", "step"),
+    "epochs": ("passes over its examples", "1"),
 }
 
 
@@ -59,7 +60,6 @@ def outcomes_of_rows(rows: Iterable[Row]) -> dict[str, list[Outcome]]:
 
 def _row(outcome: Outcome, run: str, settings: str, conditions: Mapping[str, str]) -> Row:
     counts = {"end_step": outcome.step, "updates": outcome.updates, "epochs": outcome.epochs}
-    numbers = {name: getattr(outcome, name) for name in NUMBERS}
     diverged = outcome.status != OK
     return Row(
         probe=OUTCOMES,
@@ -80,17 +80,13 @@ def _row(outcome: Outcome, run: str, settings: str, conditions: Mapping[str, str
         seed=outcome.seed,
         conditions={**conditions, "task_name": outcome.name},
         variables={
-            **{name: _number(numbers[name], *MEANINGS[name]) for name in NUMBERS},
-            **{
-                name: _number(count, _COUNTS[name], "step" if name != "epochs" else "1")
-                for name, count in counts.items()
-            },
+            **{name: _number(getattr(outcome, name), *MEANINGS[name], "value") for name in NUMBERS},
+            **{name: _number(count, *_COUNTS[name], "context") for name, count in counts.items()},
         },
     )
 
 
-def _number(value: float, meaning: str, units: str) -> Variable:
-    role = "value" if meaning not in _COUNTS.values() else "context"
+def _number(value: float, meaning: str, units: str, role: Role) -> Variable:
     return Variable((), np.array(float(value)), {"long_name": meaning, "units": units, "shown": "True", "role": role})
 
 

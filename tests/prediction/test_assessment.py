@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from simulated_studies import as_panel, linked, shared_trends
+from simulated_studies import linked, shared_trends
 
 from plasticity_probe.prediction.alignment import Aligned
 from plasticity_probe.prediction.assessment import PREVIOUS, TASK_NUMBER, Assessment, assess_aligned
@@ -90,4 +90,3 @@ def test_a_study_without_outcomes_has_no_verdict() -> None:
     empty = assess_aligned(Aligned(panel, {}, ()))
     assert empty.judged == {}
     assert empty.to_dict()["outcomes"] == {}
-    assert as_panel(x, x, 1).tasks == panel.tasks
