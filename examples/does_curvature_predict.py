@@ -1,14 +1,15 @@
 """Does a collapse of curvature come before a network stops learning, and do its rivals do better? Trains, measures and judges a study.
 
 Run it with `python examples/does_curvature_predict.py`: two activations, five seeds and five tasks on the digits, with three quick probes; it
-takes half a minute, and its report says that these are too few runs to settle much. The studies of docs/findings.md take hours on two cores;
-STUDY is one of digits, mnist, regression and warm-start:
+takes half a minute, and its report says that these are too few runs to settle much. The studies of docs/findings.md take about an hour each on
+one core; STUDY is one of digits, mnist, regression and warm-start:
 
-    python examples/does_curvature_predict.py --study STUDY --seeds 20 --tasks 20 --epochs 0 --probes all
+    python examples/does_curvature_predict.py --study STUDY --seeds 20 --tasks 15 --epochs 0 --probes all --on next current noise
         --activations relu leaky_relu tanh identity --remedies none l2-init shrink-perturb layer-norm
 
-Every setting is a run folder and a trace below --out; what is finished is neither trained nor measured again. Each checkpoint is measured on
-the task that comes next, before any update on it. The report, with every figure and the verdicts, is written to --out/STUDY-report.
+Every setting is a run folder and its traces below --out; what is finished is neither trained nor measured again. Each checkpoint is measured
+on the task that comes next, before any update on it, and if asked for on the task just learned and on noise. The report, with every figure and
+the verdicts, is written to --out/STUDY-report.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 
 from plasticity_probe.analysis import analyze
+from plasticity_probe.probes.norms import GradientNormsProbe
 from plasticity_probe.probes.spectrum import HessianSpectrum
 from plasticity_probe.report.document import write_report
 from plasticity_probe.study import resolve_probes
@@ -30,12 +32,12 @@ from plasticity_probe.training.remedies import remedy_named
 STUDIES = {
     "digits": ("random-label-digits", {}),
     "mnist": ("lewandowski-random-label-mnist", {"training.epochs": 30}),
-    "regression": ("slowly-changing-regression", {"stream.examples": 2000}),
+    "regression": ("slowly-changing-regression", {"stream.examples": 5000}),
     "warm-start": (
         "dash-growing",
         {
             "data.name": "mnist",
-            "data.examples": 4000,
+            "data.examples": 2000,
             "network": {"name": "mlp-relu", "hidden": [100, 100]},
             "training.learning_rate": 0.01,
             "training.epochs": 200,
@@ -44,13 +46,14 @@ STUDIES = {
 }
 """Protocols, and what makes them small enough for two cores."""
 QUICK = ("fisher_rank", "feature_rank", "weight_norms")
-UNFIT = ("memorization", "trainability")
-"""Probes that ask how well learned data are known, or that train copies: on the next task the one says nothing and the other costs too much."""
-PRODUCTS = 1000
-"""Curvature products allowed, as in `probe demo`: eigenvalues of networks that stopped learning lie close together."""
+ELSEWHERE = ("fisher_rank", "feature_rank", "dead_units", "readiness", "performance")
+"""Probes of other data than the next task: those that depend on the data and need no search for eigenvalues."""
+SEARCH = {"k": 5, "tol": 1e-2, "max_products": 1000}
+"""How eigenvalues are searched: few and to a percent, which orders checkpoints as well as more would; with products enough for networks that
+stopped learning, whose eigenvalues lie close together."""
 
 
-def study(given: argparse.Namespace, activation: str, remedy: str) -> Path:
+def study(given: argparse.Namespace, activation: str, remedy: str) -> list[Path]:
     torch.set_num_threads(1)
     name, smaller = STUDIES[given.study]
     protocol = PROTOCOLS[name]
@@ -67,16 +70,20 @@ def study(given: argparse.Namespace, activation: str, remedy: str) -> Path:
     )
     name = f"{given.study}-{activation}-{remedy}"
     train(setting, range(given.seeds), given.out / name, resume=True, protocol=protocol.name)
-    trace = given.out / f"{name}.h5"
-    analyze(given.out / name, on="next", fresh=0, probes=chosen(given.probes), trace=trace)
-    return trace
+    traces = [given.out / f"{name}-on-{on}.h5" for on in given.on]
+    for on, trace in zip(given.on, traces, strict=True):
+        analyze(given.out / name, on=on, fresh=0, probes=chosen(given.probes, on), trace=trace)
+    return traces
 
 
-def chosen(names: list[str]) -> dict:
+def chosen(names: list[str], on: str) -> dict:
     if names != ["all"]:
         return dict(resolve_probes(names))
-    probes = {**resolve_probes(None), "hessian_spectrum": HessianSpectrum(max_products=PRODUCTS)}
-    return {label: probe for label, probe in probes.items() if label not in UNFIT}
+    if on != "next":
+        # How well learned data are known is a question about the task just learned alone.
+        return dict(resolve_probes([*ELSEWHERE, *(["memorization"] if on == "current" else [])]))
+    probes = dict(resolve_probes([*QUICK, "dead_units", "readiness", "performance"]))
+    return {**probes, "hessian_spectrum": HessianSpectrum(**SEARCH), "gradient_norms": GradientNormsProbe(**SEARCH)}
 
 
 def main() -> None:
@@ -88,6 +95,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=10, help="0: those of the study")
     parser.add_argument("--probes", nargs="+", default=list(QUICK))
+    parser.add_argument("--on", nargs="+", choices=("next", "current", "noise"), default=["next"])
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=Path("runs/does-curvature-predict"))
     given = parser.parse_args()
@@ -95,7 +103,7 @@ def main() -> None:
     settings = [(activation, remedy) for activation in given.activations for remedy in given.remedies]
     with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as workers:
         traces = list(workers.map(study, [given] * len(settings), *zip(*settings, strict=True)))
-    report = write_report(traces, given.out / f"{given.study}-report")
+    report = write_report([trace for of_setting in traces for trace in of_setting], given.out / f"{given.study}-report")
     for judged in report.assessment.judged.values():
         for j in judged:
             print(f"{j.verdict}: {j.text}")

@@ -28,7 +28,7 @@ EXACT_SIDE = 1024
 """Matrices whose smaller side is at most this get their spectral norm from a full decomposition (our choice: about a second each)."""
 
 PAIRS = 10
-"""Eigenpairs searched at each end, at least, so that this probe and the spectrum probe share their search."""
+"""Eigenpairs searched at each end where no number of dimensions is given, so that this probe and the spectrum probe share their search."""
 
 SPECTRAL_TOL = 1e-6
 """Relative residual at which the spectral norm of a larger matrix is accepted (our choice: single precision)."""
@@ -257,7 +257,7 @@ class GradientNorms(Measurement):
 class GradientNormsProbe(Probe[GradientNorms]):
     """Measures the mean gradient, its noise and its place in the curvature.
 
-    Its defaults are those of the spectrum probe, so that one search for eigenpairs serves both.
+    Its defaults are those of the spectrum probe, so that one search for eigenpairs serves both; so do equal k, tol and max_products.
 
     Args:
         k: Dimensions of the top eigenspace; None takes the number of classes up to 10, and 10 where there are no classes (Gur-Ari et al.
@@ -280,7 +280,7 @@ class GradientNormsProbe(Probe[GradientNorms]):
     def __post_init__(self) -> None:
         if (self.k is not None and self.k < 1) or self.examples < 1 or not self.tol > 0:
             raise UsageError(f"expected k >= 1 or None, examples >= 1 and tol > 0, got {self}.")
-        least = 2 * self._pairs(self.k or PAIRS) + 4
+        least = 2 * (self.k or PAIRS) + 4
         if self.max_products < least:
             raise UsageError(
                 f"expected max_products >= 2 k + 4 = {least}, got {self.max_products}; raise it or ask for a smaller k."
@@ -293,9 +293,9 @@ class GradientNormsProbe(Probe[GradientNorms]):
         return Cost(
             gradients=count + plan.gradients,
             products=count * (self.max_products + 1),
-            vectors=krylov_vectors(subject, self._pairs(self.k or PAIRS), self.max_products),
+            vectors=krylov_vectors(subject, self.k or PAIRS, self.max_products),
             graphs=max(graph_bytes(subject), plan.bytes),
-            shared=search_cost(subject, "hessian", self._pairs(self.k or PAIRS), self.tol, self.max_products),
+            shared=search_cost(subject, "hessian", self.k or PAIRS, self.tol, self.max_products),
         )
 
     def measure(self, subject: Subject, generator: torch.Generator) -> GradientNorms:  # noqa: ARG002 -- the search has its own seed
@@ -305,7 +305,7 @@ class GradientNormsProbe(Probe[GradientNorms]):
         if not all(gradient.isfinite().all() for gradient in gradients.values()):
             return self._nonfinite(subject, gradients)
         k = min(self.k or _classes(subject), subject.size)
-        found = self._eigenpairs(subject, k)
+        found = self._eigenpairs(subject)
         gradient = subject.flatten(gradients)
         products = gram(subject)
         trace = covariance_trace(products)
@@ -327,13 +327,10 @@ class GradientNormsProbe(Probe[GradientNorms]):
             products=found.top.products + 1,
         )
 
-    def _pairs(self, k: int) -> int:
-        return max(k, PAIRS)
-
-    def _eigenpairs(self, subject: Subject, k: int) -> ExtremeEigenpairs:
+    def _eigenpairs(self, subject: Subject) -> ExtremeEigenpairs:
         return eigenpairs(
             subject,
-            k=self._pairs(k),
+            k=self.k or PAIRS,
             tol=self.tol,
             max_products=self.max_products,
             generator=generator_for(subject.seed, "eigenpairs"),
