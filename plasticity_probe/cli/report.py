@@ -36,6 +36,9 @@ def report(
     as_json: Annotated[bool, Option("--json", help="Print one JSON object instead of the table.")] = False,
     quiet: Annotated[bool, Option("--quiet", help="No progress bar.")] = False,
     seed: Annotated[int, Option(help="Seed of every random draw of the statistics.")] = 0,
+    layers: Annotated[
+        bool, Option("--layers", help="Judge each layer's numbers too, beside the summaries over layers.")
+    ] = False,
 ) -> None:
     """Judge what predicts the loss of plasticity, and write the report: index.html, figures, tables, verdict.json.
 
@@ -49,7 +52,7 @@ def report(
     from plasticity_probe.report.work import processors
 
     with progress(quiet) as tell:
-        found = write_report(traces, out, seed=seed, processes=processors(), progress=tell)
+        found = write_report(traces, out, seed=seed, layers=layers, processes=processors(), progress=tell)
     show_report(found, as_json)
     if not found.ok:
         raise typer.Exit(3)

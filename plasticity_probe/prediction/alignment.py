@@ -34,15 +34,17 @@ class Aligned:
     notes: tuple[str, ...]
 
 
-def align(rows: Iterable[Row]) -> Aligned:
+def align(rows: Iterable[Row], *, layers: bool = False) -> Aligned:
     """Predictors from the weights that a task is learned from, and outcomes of that task.
 
     Of several checkpoints of a run and task the one at the task's first step counts, and of two at that step the one that a remedy made.
     Rows whose status is not ok, and infinite numbers, count as missing. A predictor is named "label.quantity", with " on current", " on
-    next" or " on noise" behind it where the rows differ in the data they were measured on.
+    next" or " on noise" behind it where the rows differ in the data they were measured on. What a probe measures layer by layer, or tensor by
+    tensor, enters as the summary that its tables show, and with `layers` also as "label.quantity[layer]" for each.
 
     Args:
         rows: Rows of a trace, or of several.
+        layers: Whether each layer counts as a predictor of its own. More predictors are more tests, and each becomes stricter.
     """
     rows = list(rows)
     found = outcomes_of_rows(rows)
@@ -60,7 +62,7 @@ def align(rows: Iterable[Row]) -> Aligned:
     infinite = 0
     for (run, task), own in starts.items():
         for row in own:
-            for name, meaning, value in _numbers(row, several):
+            for name, meaning, value in _numbers(row, several, layers):
                 meanings.setdefault(name, meaning)
                 infinite += math.isinf(value)
                 predictors.setdefault(name, np.full(shape, np.nan))[at_run[run], task] = (
@@ -192,14 +194,22 @@ def _several(measured: Sequence[Row]) -> bool:
     return len({row.settings for row in measured}) > 1 and len({_on(row) for row in measured}) > 1
 
 
-def _numbers(row: Row, several: bool) -> Iterable[tuple[str, str, float]]:
+def _numbers(row: Row, several: bool, layers: bool) -> Iterable[tuple[str, str, float]]:
     on = f" on {_on(row)}" if several and _on(row) else ""
-    for name, (where, value) in headline_values(row).items():
-        quantity = quantity_of(row.variables[name].attrs)
-        if quantity.role == "value":
-            units = "" if quantity.units == "1" else f" [{quantity.units}]"
+    headlines = headline_values(row)
+    for name, variable in row.variables.items():
+        quantity = quantity_of(variable.attrs)
+        if quantity.role != "value":
+            continue
+        found = {"": headlines[name]} if name in headlines else {}
+        if layers and quantity.shown and variable.kind == "number" and len(variable.dims) == 1:
+            labelled = zip(row.labels.get(variable.dims[0], ()), variable.data.tolist(), strict=False)
+            shown = {where for where, _ in found.values()}
+            found |= {f"[{label}]": (label, value) for label, value in labelled if label not in shown}
+        units = "" if quantity.units == "1" else f" [{quantity.units}]"
+        for which, (where, value) in found.items():
             meaning = f"{quantity.meaning}{f' ({where})' if where else ''}{units}{on}"
-            yield f"{row.probe}.{name}{on}", meaning, value if row.status == "ok" else math.nan
+            yield f"{row.probe}.{name}{which}{on}", meaning, value if row.status == "ok" else math.nan
 
 
 def _table(shape: tuple[int, int], at_run: Mapping[str, int], values: Mapping[Place, float]) -> Numbers:

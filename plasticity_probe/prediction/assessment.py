@@ -151,14 +151,15 @@ class Assessment:
         }
 
 
-def assess_rows(rows: Iterable[Row], seed: int = 0) -> Assessment:
+def assess_rows(rows: Iterable[Row], seed: int = 0, *, layers: bool = False) -> Assessment:
     """Judges every predictor of every outcome that traces hold.
 
     Args:
         rows: Rows of a trace, or of several.
         seed: Seed of every random draw.
+        layers: Whether each layer counts as a predictor of its own.
     """
-    return assess_aligned(align(rows), seed)
+    return assess_aligned(align(rows, layers=layers), seed)
 
 
 def assess_aligned(aligned: Aligned, seed: int = 0) -> Assessment:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise, permutations
 
 import numpy as np
@@ -93,29 +94,31 @@ def at_equal_history(panel: Panel, predictor: Numbers, outcome: Numbers, known: 
         known: What was known, shape (known, run, task); places where any of it is NaN do not count.
         seed: Seed of draws and exchanges.
     """
-    variables = np.concatenate([outcome[None], predictor[None], known])
-    defined = ~np.isnan(variables).any(axis=0)
-    kept, groups = _enough(panel, defined.sum(axis=1) >= 1)
-    scored = [equal_task_variables(variables[:, group]) for group in groups]
-    usable = [at for at, scores in enumerate(scored) if not math.isnan(_partial(_moments(scores).sum(axis=0)[None])[0])]
-    if not usable:
+    kept, groups, scored = _scored(panel, predictor, outcome, known)
+    if not groups:
         return NOTHING
-    kept, groups, scored = kept[usable], [groups[at] for at in usable], [scored[at] for at in usable]
-    placed, moments = placed_runs(groups), [_moments(scores) for scores in scored]
-
-    def each(weights: Numbers, at: int) -> Numbers:
-        return _partial(np.einsum("br,rvw->bvw", weights, moments[at]))
-
-    def mean(weights: Numbers) -> Numbers:
-        return np.mean([each(weights[:, own], at) for at, own in enumerate(placed)], axis=0)
-
-    values = np.array([each(np.ones((1, len(own))), at)[0] for at, own in enumerate(placed)])
-    errors = np.array(
-        [jackknife_error(lambda weights, at=at: each(weights, at), len(own)) for at, own in enumerate(placed)]
-    )
+    moments = [_moments(scores) for scores in scored]
+    values = np.array([_weighted(own, np.ones((1, len(own))))[0] for own in moments])
+    errors = np.array([jackknife_error(partial(_weighted, own), len(own)) for own in moments])
     p, sizes = exchange_p([_crossed(scores) for scores in scored], seed), _sizes(groups)
     flip_p = sign_flip_p(values, errors, sizes)
-    return Association(interval(mean, placed, seed), p, flip_p, kept, values, errors, sizes)
+    return Association(_mean_association(groups, moments, seed), p, flip_p, kept, values, errors, sizes)
+
+
+def estimate_at_equal_history(
+    panel: Panel, predictor: Numbers, outcome: Numbers, known: Numbers, seed: int
+) -> Interval:
+    """The estimate of `at_equal_history` alone, without its tests.
+
+    Args:
+        panel: Who belongs to which configuration.
+        predictor: Shape (run, task).
+        outcome: Shape (run, task).
+        known: What was known, shape (known, run, task).
+        seed: Seed of draws.
+    """
+    _, groups, scored = _scored(panel, predictor, outcome, known)
+    return _mean_association(groups, [_moments(scores) for scores in scored], seed) if groups else UNKNOWN
 
 
 def between_configurations(panel: Panel, predictor: Numbers, outcome: Numbers) -> tuple[float, float, int]:
@@ -222,6 +225,32 @@ def _enough(panel: Panel, defined: NDArray[np.bool_]) -> tuple[NDArray[np.int64]
     groups = [group[defined[group]] for group in panel.groups]
     kept = [at for at, group in enumerate(groups) if len(group) >= FEWEST_RUNS]
     return np.array(kept, dtype=int), [groups[at] for at in kept]
+
+
+def _scored(
+    panel: Panel, predictor: Numbers, outcome: Numbers, known: Numbers
+) -> tuple[NDArray[np.int64], list[NDArray[np.int64]], list[Numbers]]:
+    """Configurations in which predictor and outcome both vary at equal task and history: indices, runs, scores (variable, run, task)."""
+    variables = np.concatenate([outcome[None], predictor[None], known])
+    defined = ~np.isnan(variables).any(axis=0)
+    kept, groups = _enough(panel, defined.sum(axis=1) >= 1)
+    scored = [equal_task_variables(variables[:, group]) for group in groups]
+    usable = [at for at, scores in enumerate(scored) if not math.isnan(_partial(_moments(scores).sum(axis=0)[None])[0])]
+    return kept[usable], [groups[at] for at in usable], [scored[at] for at in usable]
+
+
+def _weighted(moments: Numbers, weights: Numbers) -> Numbers:
+    """Partial correlations of a configuration's runs, shape (draw,), with weights of shape (draw, run)."""
+    return _partial(np.einsum("br,rvw->bvw", weights, moments))
+
+
+def _mean_association(groups: Groups, moments: Sequence[Numbers], seed: int) -> Interval:
+    placed = placed_runs(groups)
+
+    def mean(weights: Numbers) -> Numbers:
+        return np.mean([_weighted(moments[at], weights[:, own]) for at, own in enumerate(placed)], axis=0)
+
+    return interval(mean, placed, seed)
 
 
 def placed_runs(groups: Groups) -> list[NDArray[np.int64]]:

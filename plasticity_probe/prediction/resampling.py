@@ -156,7 +156,9 @@ def sign_flip_p(estimates: Numbers, errors: Numbers, runs: NDArray[np.int64]) ->
 def _drawn(groups: Groups, runs: int, draws: int, rng: np.random.Generator) -> Numbers:
     weights = np.zeros((draws, runs))
     for group in groups:
-        weights[:, group] = rng.multinomial(len(group), np.full(len(group), 1 / len(group)), size=draws)
+        size = len(group)
+        places = rng.integers(size, size=(draws, size)) + size * np.arange(draws)[:, None]
+        weights[:, group] = np.bincount(places.ravel(), minlength=draws * size).reshape(draws, size)
     return weights
 
 

@@ -17,6 +17,7 @@ from plasticity_probe.prediction.association import (
     Association,
     at_equal_history,
     between_configurations,
+    estimate_at_equal_history,
     moving_together,
 )
 from plasticity_probe.prediction.held_out import (
@@ -35,7 +36,8 @@ LEVEL = 0.05
 SMALLEST = 0.2
 """Smallest association of interest (our choice): below it less than 4 % of what task and history leave open is explained."""
 MISSING = 0.5
-"""A predictor that is missing at more than this share of the places with an outcome is not assessed (our choice)."""
+"""A predictor is not assessed that is missing at more than this share of the places with an outcome, of the configurations that have it at
+all (our choice)."""
 LEADS = tuple(range(-1, 6))
 """Leads that are shown; -1 measures the predictor after the outcome, as a control. The verdict uses 0 alone."""
 POWER = 0.8
@@ -61,7 +63,8 @@ class Evidence:
         predictor: Its name.
         outcome: The outcome's name.
         places: Number of (run, task) places at which both are known.
-        missing: Share of the places with an outcome at which the predictor is missing.
+        missing: Share of the places with an outcome at which the predictor is missing, among the configurations that have it anywhere; 1
+            where none has.
         together: Question 1: do they move together?
         association: Question 2: the association at equal task and history.
         gain: Question 4: share of the squared error saved on left-out runs.
@@ -131,9 +134,8 @@ def weigh(panel: Panel, predictor: str, outcome: str, seed: int = 0, *, full: bo
     x, y = _named(panel.predictors, predictor, "predictor"), _named(panel.outcomes, outcome, "outcome")
     own = int.from_bytes(sha256(f"{seed} {predictor} {outcome}".encode()).digest()[:8], "little")
     known = history(y)
-    there = ~np.isnan(y)
-    places = there & ~np.isnan(x)
-    missing = 1 - places.sum() / max(1, there.sum())
+    places = ~np.isnan(y) & ~np.isnan(x)
+    missing = _missing(panel, x, y)
     obstacle = _obstacle(panel, x, y, missing)
     used = np.full_like(x, np.nan) if obstacle else x
     told = used if full else np.full_like(x, np.nan)
@@ -144,12 +146,12 @@ def weigh(panel: Panel, predictor: str, outcome: str, seed: int = 0, *, full: bo
     leads: dict[int, Interval] = {}
     for lead in LEADS if full and not reason else ():
         # After the outcome, the history is that of before the outcome: the control asks what the outcome itself leaves behind.
-        leads[lead] = at_equal_history(panel, led(x, lead), y, history(y, max(lead, 0)), own).estimate
+        leads[lead] = estimate_at_equal_history(panel, led(x, lead), y, history(y, max(lead, 0)), own)
     return Evidence(
         predictor,
         outcome,
         int(places.sum()),
-        float(missing),
+        missing,
         moving_together(panel, used, y, own),
         association,
         gain_on_runs(panel, used, y, known, own),
@@ -225,6 +227,13 @@ def _named(values: Mapping[str, Numbers], name: str, kind: str) -> Numbers:
     return values[name]
 
 
+def _missing(panel: Panel, x: Numbers, y: Numbers) -> float:
+    there = ~np.isnan(y)
+    places = there & ~np.isnan(x)
+    having = [group for group in panel.groups if places[group].any()]
+    return 1 - sum(int(places[g].sum()) for g in having) / sum(int(there[g].sum()) for g in having) if having else 1.0
+
+
 def _obstacle(panel: Panel, x: Numbers, y: Numbers, missing: float) -> str:
     there = ~np.isnan(y)
     sizes = [int(there[group].any(axis=1).sum()) for group in panel.groups]
@@ -235,7 +244,10 @@ def _obstacle(panel: Panel, x: Numbers, y: Numbers, missing: float) -> str:
     if (tasks := int(there.any(axis=0).sum())) < FEWEST_TASKS:
         return f"at least {FEWEST_TASKS} tasks with an outcome are needed, there are {tasks}"
     if missing > MISSING:
-        return f"the predictor is missing at {missing:.0%} of the places with an outcome; at most {MISSING:.0%} may be"
+        return (
+            f"the predictor is missing at {missing:.0%} of the places with an outcome, in the configurations that have it; at most "
+            f"{MISSING:.0%} may be"
+        )
     if np.ptp(y[there]) == 0:
         return "the outcome does not vary"
     if np.ptp(x[there & ~np.isnan(x)]) == 0:
@@ -292,6 +304,9 @@ def _text(
         f"{e.predictor} {_claim(verdict)} {e.outcome}: at equal task and history their rank correlation is {_ends(a.estimate)} "
         f"(q = {_p(levels[0])}, {runs} runs of {_counted(configurations, 'configuration')})."
     ]
+    if configurations < len(panel.configurations):
+        others, all_ = len(panel.configurations) - configurations, len(panel.configurations)
+        said.append(f"The other {others} of {all_} configurations do not count: there it is missing or does not vary.")
     if verdict is Verdict.REFUTED:
         which, values = ("at equal task and history", a) if levels[2] <= LEVEL else ("over the tasks of a run", t)
         flip = levels[2] if levels[2] <= LEVEL else levels[3]

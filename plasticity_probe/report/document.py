@@ -96,6 +96,7 @@ def write_report(
     out: PathLike = "report",
     *,
     seed: int = 0,
+    layers: bool = False,
     processes: int = 1,
     progress: Progress = lambda *_: None,
 ) -> Report:
@@ -105,6 +106,7 @@ def write_report(
         traces: The trace file, or several that are read as one.
         out: The folder; a new or empty one, or that of an older report, which is replaced.
         seed: Seed of every random draw of the statistics.
+        layers: Whether each layer's numbers are predictors of their own, beside the summaries over layers.
         processes: How many processes share the work; with more than one, the caller's program must be one that may be imported.
         progress: Called with what is done, how much there is and what is being done.
 
@@ -127,7 +129,7 @@ def write_report(
         )
     with workers(processes) as spread:
         progress(0, 0, "judging predictors")
-        assessment = assessed(usable(_aligned(rows)), seed, spread)
+        assessment = assessed(usable(_aligned(rows, layers)), seed, spread)
         sections = list(sections_of(rows, dataset_tree(rows, sources), assessment))
         wanted = [figure for section in sections for figure in section.figures]
         rendered: list[Drawn] = []
@@ -147,9 +149,9 @@ def write_report(
     return Report(assessment, folder, (PAGE, VERDICT, *sorted(set(files) - {PAGE, VERDICT})))
 
 
-def _aligned(rows: Sequence[Row]) -> Aligned:
+def _aligned(rows: Sequence[Row], layers: bool) -> Aligned:
     try:
-        return align(rows)
+        return align(rows, layers=layers)
     except PlasticityProbeError:
         raise
     except (LookupError, ValueError, TypeError, AttributeError) as error:

@@ -181,8 +181,10 @@ def rules() -> list[tuple[str, str]]:
         (
             Verdict.NOT_ASSESSED,
             f"Fewer than {FEWEST_RUNS} runs in every configuration, fewer than {FEWEST_TASKS} tasks, no outcome, or a predictor "
-            "that does not vary "
-            f"or is missing at more than {MISSING:.0%} of the places. The reason is said.".replace("%", " %"),
+            "that does not vary, "
+            f"or is missing at more than {MISSING:.0%} of the places of those configurations that have it. The reason is said.".replace(
+                "%", " %"
+            ),
         ),
         (
             Verdict.REFUTED,

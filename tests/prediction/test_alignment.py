@@ -96,6 +96,29 @@ def test_configurations_are_told_apart_by_their_setting_and_named_by_their_folde
     assert found.panel.configuration_of.tolist() == [0, 0, 1, 2]
 
 
+def test_each_layer_is_a_predictor_where_asked_for_and_none_stands_twice() -> None:
+    def layered(task: int, values: list[float]) -> Row:
+        attrs = {**ATTRS, "summary": "last"}
+        unsummed = {**ATTRS, "summary": "none"}
+        variables = {
+            "rank": Variable(("layer",), np.array(values), attrs),
+            "width": Variable(("layer",), np.array(values) + 1, unsummed),
+            "sweep": Variable(("layer", "tau"), np.array([values, values]), unsummed),
+        }
+        return replace(measured(0, task, 0.0), variables=variables, labels={"layer": ("first", "last")})
+
+    rows = [layered(0, [3.0, 4.0]), layered(1, [5.0, 6.0]), *told([outcome(0, 0), outcome(0, 1)])]
+    assert list(align(rows).panel.predictors) == ["fisher_rank.rank"]
+    found = align(rows, layers=True)
+    assert {name: values.tolist() for name, values in found.panel.predictors.items()} == {
+        "fisher_rank.rank": [[4, 6]],
+        "fisher_rank.rank[first]": [[3, 5]],
+        "fisher_rank.width[first]": [[4, 6]],
+        "fisher_rank.width[last]": [[5, 7]],
+    }
+    assert found.meanings["fisher_rank.width[last]"] == "a rank (last)"
+
+
 def test_measurements_that_did_not_end_well_are_missing() -> None:
     rows = [measured(0, 0, 1.0), measured(0, 1, 2.0, status="not_converged", message="why")]
     found = align(rows + told([outcome(0, 0), outcome(0, 1)]))

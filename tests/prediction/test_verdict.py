@@ -183,6 +183,28 @@ def test_rows_that_are_missing_here_and_there_do_not_stop_it() -> None:
     assert found.evidence.missing == pytest.approx(0.2, abs=0.05)
 
 
+def test_a_predictor_that_some_configurations_lack_is_judged_by_the_others() -> None:
+    x, y = linked(0.6)(np.random.default_rng(0), 4, 12, 20)
+    panel = as_panel(x, y, 4)
+    having = panel.configuration_of % 2 == 0
+    found = assess(replace(panel, predictors={"x": np.where(having[:, None], x, NAN)}), "y")[0]
+    alone = assess(as_panel(x[having], y[having], 2), "y")[0]
+    assert found.evidence.missing == 0
+    assert found.evidence.association.configurations.tolist() == [0, 2]
+    assert found.evidence.association.estimate == alone.evidence.association.estimate
+    assert found.verdict is Verdict.PREDICTS
+    assert "The other 2 of 4 configurations do not count" in found.text
+
+
+def test_a_predictor_of_one_run_alone_is_missing_in_its_configuration() -> None:
+    x, y = linked(0.6)(np.random.default_rng(0), 4, 12, 20)
+    x[1:] = NAN
+    found = judged(x, y)
+    assert found.verdict is Verdict.NOT_ASSESSED
+    assert found.evidence.missing == pytest.approx(11 / 12)
+    assert "missing at 92%" in found.text
+
+
 def test_more_predictors_make_it_harder() -> None:
     x, y = linked(0.3)(np.random.default_rng(0), 4, 8, 20)
     panel = as_panel(x, y, 4)
