@@ -89,13 +89,14 @@ def show_report(found: "Report", as_json: bool) -> None:
 
 
 def verdict_tables(assessment: "Assessment") -> "list[Table]":
-    """The verdicts as tables for a terminal, one for each outcome.
+    """The verdicts as tables for a terminal, one for each outcome of which anything could be assessed.
 
     Args:
         assessment: The verdicts.
     """
     from rich.table import Table
 
+    from plasticity_probe.prediction.verdict import Verdict
     from plasticity_probe.report.verdicts import number_of, percent, probability, ranked
 
     found: list[Table] = []
@@ -118,6 +119,6 @@ def verdict_tables(assessment: "Assessment") -> "list[Table]":
                 percent(gain.value) + ends,
             )
             table.add_row(*map(plain, cells))
-        if judged:
+        if any(j.verdict is not Verdict.NOT_ASSESSED for j in judged):
             found.append(table)
     return found
