@@ -62,7 +62,7 @@ def study(given: argparse.Namespace, activation: str, remedy: str) -> list[Path]
             "network.name": f"mlp-{activation}",
             "stream.tasks": given.tasks,
             "remedies": () if remedy == "none" else (remedy_named(remedy),),
-            "control_every": 1,
+            "control_every": given.control_every,
             "checkpoint_every": 1,
             "inside": 0,
             **({"training.epochs": given.epochs} if given.epochs else {}),
@@ -72,18 +72,19 @@ def study(given: argparse.Namespace, activation: str, remedy: str) -> list[Path]
     train(setting, range(given.seeds), given.out / name, resume=True, protocol=protocol.name)
     traces = [given.out / f"{name}-on-{on}.h5" for on in given.on]
     for on, trace in zip(given.on, traces, strict=True):
-        analyze(given.out / name, on=on, fresh=0, probes=chosen(given.probes, on), trace=trace)
+        analyze(given.out / name, on=on, fresh=0, probes=chosen(given, on), trace=trace)
     return traces
 
 
-def chosen(names: list[str], on: str) -> dict:
-    if names != ["all"]:
-        return dict(resolve_probes(names))
+def chosen(given: argparse.Namespace, on: str) -> dict:
+    if given.probes != ["all"]:
+        return dict(resolve_probes(given.probes))
     if on != "next":
         # How well learned data are known is a question about the task just learned alone.
         return dict(resolve_probes([*ELSEWHERE, *(["memorization"] if on == "current" else [])]))
     probes = dict(resolve_probes([*QUICK, "dead_units", "readiness", "performance"]))
-    return {**probes, "hessian_spectrum": HessianSpectrum(**SEARCH), "gradient_norms": GradientNormsProbe(**SEARCH)}
+    search = {**SEARCH, "examples": given.spectrum_examples}
+    return {**probes, "hessian_spectrum": HessianSpectrum(**search), "gradient_norms": GradientNormsProbe(**search)}
 
 
 def main() -> None:
@@ -95,7 +96,11 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=10, help="0: those of the study")
     parser.add_argument("--probes", nargs="+", default=list(QUICK))
+    parser.add_argument(
+        "--control-every", type=int, default=1, help="tasks between two that a fresh network learns too"
+    )
     parser.add_argument("--on", nargs="+", choices=("next", "current", "noise"), default=["next"])
+    parser.add_argument("--spectrum-examples", type=int, default=128, help="examples that the Hessian is measured on")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=Path("runs/does-curvature-predict"))
     given = parser.parse_args()

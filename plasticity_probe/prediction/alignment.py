@@ -10,6 +10,7 @@ import numpy as np
 
 from plasticity_probe.comparison import headline_values, quantity_of
 from plasticity_probe.prediction.panel import Numbers, Panel
+from plasticity_probe.prediction.sweeps import Sweep, swept
 from plasticity_probe.trace.layout import Row
 from plasticity_probe.trace.outcome_rows import OUTCOMES, outcomes_of_rows
 from plasticity_probe.training.outcomes import OK, Outcome
@@ -27,11 +28,13 @@ class Aligned:
         panel: Predictors and outcomes.
         meanings: For each predictor what it is, in words with its units.
         notes: What could not be used, in words.
+        sweeps: Quantities with a threshold at other thresholds too.
     """
 
     panel: Panel
     meanings: Mapping[str, str]
     notes: tuple[str, ...]
+    sweeps: tuple[Sweep, ...] = ()
 
 
 def align(rows: Iterable[Row], *, layers: bool = False) -> Aligned:
@@ -71,7 +74,7 @@ def align(rows: Iterable[Row], *, layers: bool = False) -> Aligned:
     outcomes = {name: _table(shape, at_run, read(found)) for name, read in OUTCOMES_OF.items()}
     outcomes = {name: values for name, values in outcomes.items() if not np.isnan(values).all()}
     panel = Panel(names, of_run, runs, tuple(range(shape[1])), predictors, outcomes)
-    return Aligned(panel, meanings, _notes(found, measured, early, infinite))
+    return Aligned(panel, meanings, _notes(found, measured, early, infinite), _sweeps(starts, shape, at_run, several))
 
 
 def oriented(outcomes: Sequence[Outcome], name: str) -> dict[int, float]:
@@ -194,8 +197,12 @@ def _several(measured: Sequence[Row]) -> bool:
     return len({row.settings for row in measured}) > 1 and len({_on(row) for row in measured}) > 1
 
 
+def _behind(row: Row, several: bool) -> str:
+    return f" on {_on(row)}" if several and _on(row) else ""
+
+
 def _numbers(row: Row, several: bool, layers: bool) -> Iterable[tuple[str, str, float]]:
-    on = f" on {_on(row)}" if several and _on(row) else ""
+    on = _behind(row, several)
     headlines = headline_values(row)
     for name, variable in row.variables.items():
         quantity = quantity_of(variable.attrs)
@@ -210,6 +217,22 @@ def _numbers(row: Row, several: bool, layers: bool) -> Iterable[tuple[str, str, 
         for which, (where, value) in found.items():
             meaning = f"{quantity.meaning}{f' ({where})' if where else ''}{units}{on}"
             yield f"{row.probe}.{name}{which}{on}", meaning, value if row.status == "ok" else math.nan
+
+
+def _sweeps(
+    starts: Mapping[Place, Sequence[Row]], shape: tuple[int, int], at_run: Mapping[str, int], several: bool
+) -> tuple[Sweep, ...]:
+    found: dict[tuple[str, str, float], dict[float, Numbers]] = {}
+    for (run, task), own in starts.items():
+        for row in own:
+            for each in swept(row):
+                at = found.setdefault((each.quantity + _behind(row, several), each.symbol, each.fixed), {})
+                for threshold, value in each.values.items():
+                    at.setdefault(threshold, np.full(shape, np.nan))[at_run[run], task] = value
+    return tuple(
+        Sweep(*named, thresholds := tuple(sorted(at)), np.stack([at[each] for each in thresholds]))
+        for named, at in found.items()
+    )
 
 
 def _table(shape: tuple[int, int], at_run: Mapping[str, int], values: Mapping[Place, float]) -> Numbers:

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from plasticity_probe.prediction.alignment import Aligned, align
-from plasticity_probe.prediction.association import FEWEST_RUNS, FEWEST_TASKS
+from plasticity_probe.prediction.association import FEWEST_RUNS, FEWEST_TASKS, estimate_at_equal_history
 from plasticity_probe.prediction.held_out import gain_on_runs
-from plasticity_probe.prediction.panel import history, led
+from plasticity_probe.prediction.panel import Numbers, Panel, history, led
 from plasticity_probe.prediction.plain import plain
 from plasticity_probe.prediction.resampling import DRAWS, EXCHANGES, UNKNOWN, Interval
+from plasticity_probe.prediction.sweeps import Sweep
 from plasticity_probe.prediction.verdict import LEADS, LEVEL, MISSING, SMALLEST, Evidence, Judged, judge, weigh
 from plasticity_probe.trace.layout import Row
 
@@ -35,6 +36,23 @@ class OverRival:
 
 
 @dataclass(frozen=True, eq=False)
+class SweptAssociation:
+    """The association at equal task and history of one quantity at several thresholds.
+
+    Args:
+        quantity: "label.quantity".
+        symbol: The threshold's name.
+        fixed: The threshold that the verdict is about.
+        at: The association by threshold, ascending.
+    """
+
+    quantity: str
+    symbol: str
+    fixed: float
+    at: Mapping[float, Interval]
+
+
+@dataclass(frozen=True, eq=False)
 class Assessment:
     """Everything that a study says about what predicts what.
 
@@ -43,6 +61,7 @@ class Assessment:
         judged: For each outcome the verdicts on all predictors, in the order of measurement.
         dull: For each outcome the evidence on the number of the task and on the previous outcome.
         over_rivals: For each outcome, and each predictor that saves something, what it adds to the best rival.
+        sweeps: For each outcome, and each quantity with a threshold, its association at every threshold; shown, and never chosen from.
         seed: Seed of every random draw.
     """
 
@@ -50,6 +69,7 @@ class Assessment:
     judged: Mapping[str, tuple[Judged, ...]]
     dull: Mapping[str, tuple[Evidence, ...]]
     over_rivals: Mapping[str, Mapping[str, OverRival]]
+    sweeps: Mapping[str, tuple[SweptAssociation, ...]]
     seed: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -79,6 +99,15 @@ class Assessment:
                     outcome: {
                         "verdicts": [self._entry(outcome, found) for found in judged],
                         "dull": [_evidence(e) for e in self.dull[outcome]],
+                        "sweeps": [
+                            {
+                                "quantity": sweep.quantity,
+                                "threshold": sweep.symbol,
+                                "fixed": sweep.fixed,
+                                "association": {f"{at:g}": asdict(found) for at, found in sweep.at.items()},
+                            }
+                            for sweep in self.sweeps[outcome]
+                        ],
                     }
                     for outcome, judged in self.judged.items()
                 },
@@ -173,6 +202,7 @@ def assess_aligned(aligned: Aligned, seed: int = 0) -> Assessment:
     judged: dict[str, tuple[Judged, ...]] = {}
     dull: dict[str, tuple[Evidence, ...]] = {}
     over: dict[str, Mapping[str, OverRival]] = {}
+    sweeps: dict[str, tuple[SweptAssociation, ...]] = {}
     for outcome, values in panel.outcomes.items():
         judged[outcome] = judge([weigh(panel, name, outcome, seed) for name in panel.predictors], panel)
         ours = {
@@ -182,7 +212,17 @@ def assess_aligned(aligned: Aligned, seed: int = 0) -> Assessment:
         plain = replace(panel, predictors=ours)
         dull[outcome] = tuple(weigh(plain, name, outcome, seed) for name in ours)
         over[outcome] = _over_rivals(aligned, outcome, judged[outcome], seed)
-    return Assessment(aligned, judged, dull, over, seed)
+        sweeps[outcome] = tuple(_swept(panel, values, sweep, seed) for sweep in aligned.sweeps)
+    return Assessment(aligned, judged, dull, over, sweeps, seed)
+
+
+def _swept(panel: Panel, outcome: Numbers, sweep: Sweep, seed: int) -> SweptAssociation:
+    known = history(outcome)
+    found = {
+        threshold: estimate_at_equal_history(panel, values, outcome, known, seed)
+        for threshold, values in zip(sweep.thresholds, sweep.values, strict=True)
+    }
+    return SweptAssociation(sweep.quantity, sweep.symbol, sweep.fixed, found)
 
 
 def _over_rivals(aligned: Aligned, outcome: str, judged: Sequence[Judged], seed: int) -> dict[str, OverRival]:

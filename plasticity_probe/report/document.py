@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,8 @@ from plasticity_probe.report.by_task import course_figures
 from plasticity_probe.report.canvas import DPI
 from plasticity_probe.report.folder import PAGE, VERDICT, check_folder, write_folder
 from plasticity_probe.report.measured import has_courses, in_detail_words, measured_figures, trajectory_figures
-from plasticity_probe.report.panels import LARGEST, drawable
+from plasticity_probe.report.panels import LARGEST, VerdictFigure, drawable
+from plasticity_probe.report.robustness import setting_figures, sweep_figure
 from plasticity_probe.report.tables import Table, as_csv, tables
 from plasticity_probe.report.verdicts import (
     OUTCOME_WORDS,
@@ -50,6 +52,24 @@ PathLike = str | os.PathLike[str]
 Progress = Callable[[int, int, str], None]
 CSS_DPI = 96
 """Dots of a page that an inch has."""
+
+
+def _one(draw: Callable[[Assessment, str], VerdictFigure | None]) -> Callable[[Assessment, str], list[VerdictFigure]]:
+    return lambda assessment, outcome: [figure] if (figure := draw(assessment, outcome)) else []
+
+
+PARTS: Mapping[str, Callable[[Assessment, str], list[VerdictFigure]]] = MappingProxyType(
+    {
+        "forest": _one(forest_figure),
+        "settings": setting_figures,
+        "lead": _one(lead_figure),
+        "scatter": _one(scatter_figure),
+        "ranking": _one(ranking_figure),
+        "thresholds": _one(sweep_figure),
+        "side_by_side": _one(side_by_side_figure),
+    }
+)
+"""The figures of an outcome, in the order in which the page shows them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,9 +208,8 @@ def sections_of(rows: Sequence[Row], tree: xr.DataTree, assessment: Assessment) 
     for kind, found in course_figures(rows, aligned.panel).items():
         yield Section(f"{kind} courses", tuple(found))
     for outcome in aligned.panel.outcomes:
-        for draw in (forest_figure, lead_figure, scatter_figure, ranking_figure, side_by_side_figure):
-            figure = draw(assessment, outcome)
-            yield Section(f"{outcome} {draw.__name__.removesuffix('_figure')}", () if figure is None else (figure,))
+        for part, draw in PARTS.items():
+            yield Section(f"{outcome} {part}", tuple(draw(assessment, outcome)))
     yield Section("trajectories", tuple(trajectory_figures(aligned)) if has_courses(aligned) else ())
     yield Section("measured", tuple(measured_figures(tree, aligned)))
 
@@ -242,14 +261,13 @@ def _outcome(
     assessment: Assessment, outcome: str, figures: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> dict[str, Any]:
     judged = ranked(assessment.judged[outcome])
-    parts = ("forest", "lead", "scatter", "ranking", "side_by_side")
     return {
         "id": outcome,
         "name": outcome.replace("_", " "),
         "what": OUTCOME_WORDS[outcome].what,
         "verdicts": [_line(assessment, outcome, j) for j in judged],
         "dull": [_dull(e) for e in assessment.dull[outcome]],
-        "figures": {part: figures.get(f"{outcome} {part}", ()) for part in parts},
+        "figures": {part: figures.get(f"{outcome} {part}", ()) for part in PARTS},
         "courses": [
             {
                 "name": c.configuration,

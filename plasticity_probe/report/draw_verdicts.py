@@ -46,6 +46,8 @@ within a figure (Okabe and Ito 2008; the lighter ones darkened to stand out from
 HOLLOW = {Verdict.INCONCLUSIVE}
 LETTER = 0.058
 """Inches of a letter beside an axis."""
+LEVEL_LETTERS = 8
+"""Longer names of columns are slanted."""
 
 
 def render(figure: VerdictFigure) -> Rendered:
@@ -133,8 +135,10 @@ def _draw_forest(axes: Axes, panel: Forest, *, labelled: bool) -> None:
 def _sign_map(figure: VerdictFigure, panel: SignMap) -> Canvas:
     lines, columns = panel.values.shape
     beside = LETTER * max(map(len, panel.labels), default=0)
+    below = max(map(len, panel.columns), default=0)
+    slanted = below > LEVEL_LETTERS
     width = max(6.4, beside + 0.55 * columns + 1.2)
-    height = 0.8 + 1.3 * height_of_lines(lines)
+    height = 0.8 + 1.3 * height_of_lines(lines) + (0.7 * LETTER * below if slanted else 0.0)
     star = Line2D([], [], linestyle="", marker="*", color="black", markersize=6)
     canvas, upper = framed(figure.title, figure.caption, width, height + 0.3, {"the 95 % interval excludes 0": star}, 3)
     axes = upper.subplots()
@@ -152,7 +156,10 @@ def _sign_map(figure: VerdictFigure, panel: SignMap) -> Canvas:
     if panel.separated is not None:
         axes.axvline(panel.separated + 0.5, color="white", linewidth=4)
     axes.set(xlim=(-0.5, columns - 0.5), ylim=(lines - 0.5, -0.5))
-    axes.set_xticks(range(columns), [shown(name, "label") for name in panel.columns])
+    slant: dict[str, Any] = (
+        {"rotation": 45, "ha": "right", "rotation_mode": "anchor", "fontsize": 7.5} if slanted else {}
+    )
+    axes.set_xticks(range(columns), [shown(name, "label") for name in panel.columns], **slant)
     axes.set_yticks(range(lines), [shown(label, "label") for label in panel.labels], fontsize=7.5)
     axes.tick_params(length=0)
     axes.set_xlabel(shown(panel.x_label, "axis"))

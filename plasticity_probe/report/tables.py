@@ -59,6 +59,7 @@ def tables(assessment: Assessment) -> list[Table]:
         verdicts(assessment),
         by_configuration(assessment),
         leads(assessment),
+        thresholds(assessment),
         ranking(assessment),
         configurations(assessment),
         by_task(assessment),
@@ -74,22 +75,20 @@ def verdicts(assessment: Assessment) -> Table:
 
 
 def by_configuration(assessment: Assessment) -> Table:
-    """The association at equal task and history in each configuration alone."""
+    """How predictor and outcome go together in each configuration alone."""
     panel = assessment.aligned.panel
     return Table(
         "by-configuration",
-        ("outcome", "predictor", "configuration", "runs", "association", "standard_error"),
+        ("outcome", "predictor", "question", "configuration", "runs", "correlation", "standard_error"),
         tuple(
-            (outcome, j.evidence.predictor, panel.configurations[at], int(runs), float(value), float(error))
+            (outcome, j.evidence.predictor, question, panel.configurations[at], int(runs), float(value), float(error))
             for outcome, judged in assessment.judged.items()
             for j in judged
-            for at, runs, value, error in zip(
-                j.evidence.association.configurations,
-                j.evidence.association.runs,
-                j.evidence.association.values,
-                j.evidence.association.errors,
-                strict=True,
+            for question, found in (
+                ("at equal task and history", j.evidence.association),
+                ("moving together", j.evidence.together),
             )
+            for at, runs, value, error in zip(found.configurations, found.runs, found.values, found.errors, strict=True)
         ),
     )
 
@@ -104,6 +103,20 @@ def leads(assessment: Assessment) -> Table:
             for outcome, judged in assessment.judged.items()
             for j in judged
             for lead, found in j.evidence.leads.items()
+        ),
+    )
+
+
+def thresholds(assessment: Assessment) -> Table:
+    """The association of every quantity with a threshold at each of them."""
+    return Table(
+        "thresholds",
+        ("outcome", "quantity", "threshold", "value", "fixed", "association", "low", "high"),
+        tuple(
+            (outcome, sweep.quantity, sweep.symbol, at, sweep.fixed, found.value, found.low, found.high)
+            for outcome, sweeps in assessment.sweeps.items()
+            for sweep in sweeps
+            for at, found in sweep.at.items()
         ),
     )
 

@@ -120,7 +120,7 @@ def forest_figure(assessment: Assessment, outcome: str) -> VerdictFigure | None:
     if not shown:
         return None
     found = [j.evidence.association.estimate for j in shown]
-    values, low, high = _columns(found)
+    values, low, high = columns(found)
     kinds = [verdict for verdict in Verdict if any(j.verdict is verdict for j in shown)]
     estimates: list[Estimates] = []
     for verdict in kinds:
@@ -139,16 +139,16 @@ def forest_figure(assessment: Assessment, outcome: str) -> VerdictFigure | None:
     )
     caption = [
         studied(assessment, outcome),
-        f"Dot: rank correlation ρ of the predictor at the start of a task with {_what(outcome)}, between runs of a configuration "
+        f"Dot: rank correlation ρ of the predictor at the start of a task with {what(outcome)}, between runs of a configuration "
         "at the same "
         "task, freed from the outcomes before it; whisker: its 95 % bootstrap interval over runs. "
         f"Shaded: |ρ| < {SMALLEST:g}, the smallest association of interest. At the right: q (p after control of the false "
         "discovery rate), and the "
         "share of the squared error that the predictor saves on left-out runs.",
-        _left_out(len(assessed), len(shown)),
+        left_out(len(assessed), len(shown)),
         _unassessed(assessment.judged[outcome]),
     ]
-    return VerdictFigure(f"{outcome}-forest", f"What goes with {_said(outcome)}", (panel,), _joined(caption))
+    return VerdictFigure(f"{outcome}-forest", f"What goes with {said(outcome)}", (panel,), joined(caption))
 
 
 def lead_figure(assessment: Assessment, outcome: str) -> VerdictFigure | None:
@@ -179,14 +179,14 @@ def lead_figure(assessment: Assessment, outcome: str) -> VerdictFigure | None:
     )
     caption = [
         studied(assessment, outcome),
-        f"Rank correlation with {_what(outcome)} at equal task and history, by lead: the predictor was measured so many tasks "
+        f"Rank correlation with {what(outcome)} at equal task and history, by lead: the predictor was measured so many tasks "
         "before the one "
         "that the outcome is of, at its start. The verdict uses lead 0 alone; “after” is a control, where the predictor was "
         "measured after the "
         "outcome. Star: the 95 % bootstrap interval over runs excludes 0, without correction for the number of cells. Grey: unknown.",
-        _left_out(len(assessed), len(shown)),
+        left_out(len(assessed), len(shown)),
     ]
-    return VerdictFigure(f"{outcome}-leads", f"How far ahead: {_said(outcome)}", (panel,), _joined(caption))
+    return VerdictFigure(f"{outcome}-leads", f"How far ahead: {said(outcome)}", (panel,), joined(caption))
 
 
 def scatter_figure(assessment: Assessment, outcome: str) -> VerdictFigure | None:
@@ -226,7 +226,7 @@ def scatter_figure(assessment: Assessment, outcome: str) -> VerdictFigure | None
         return None
     caption = [
         studied(assessment, outcome),
-        f"Each dot: one task of one run, the predictor at its start and {_what(outcome)}; thin lines join the tasks of a run in "
+        f"Each dot: one task of one run, the predictor at its start and {what(outcome)}; thin lines join the tasks of a run in "
         "their order. Above: the "
         "verdict, and the rank correlation at equal task and history with its 95 % interval where it is known. Drawn: the "
         "predictor with the largest, and of each other probe "
@@ -234,7 +234,7 @@ def scatter_figure(assessment: Assessment, outcome: str) -> VerdictFigure | None
         f"{len(runs)} of {len(panel.runs)} runs are drawn." if len(runs) < len(panel.runs) else "",
     ]
     return VerdictFigure(
-        f"{outcome}-scatter", f"Predictor and outcome: {_said(outcome)}", tuple(clouds), _joined(caption)
+        f"{outcome}-scatter", f"Predictor and outcome: {said(outcome)}", tuple(clouds), joined(caption)
     )
 
 
@@ -255,8 +255,8 @@ def ranking_figure(assessment: Assessment, outcome: str) -> VerdictFigure | None
     if not shown:
         return None
     estimates = (
-        Estimates(WITHIN, "within", *_columns([e.ranking for e in shown])),
-        Estimates(BETWEEN, "between", *_columns([e.ranking_at_equal_task for e in shown])),
+        Estimates(WITHIN, "within", *columns([e.ranking for e in shown])),
+        Estimates(BETWEEN, "between", *columns([e.ranking_at_equal_task for e in shown])),
     )
     panel = Forest(
         "",
@@ -269,14 +269,14 @@ def ranking_figure(assessment: Assessment, outcome: str) -> VerdictFigure | None
     )
     caption = [
         studied(assessment, outcome),
-        f"Share of pairs of checkpoints that the predictor puts in the order of {_what(outcome)} (Wang et al. 2026); .5 is "
+        f"Share of pairs of checkpoints that the predictor puts in the order of {what(outcome)} (Wang et al. 2026); .5 is "
         "guessing. Whether high "
         "values are good or bad is learned from the other runs. Whiskers: 95 % bootstrap intervals over runs. A predictor that "
         "merely drifts "
         "orders the checkpoints of a run as well as the number of the task does; at the same task that is of no help.",
-        _left_out(len(measured), min(len(measured), PREDICTORS)),
+        left_out(len(measured), min(len(measured), PREDICTORS)),
     ]
-    return VerdictFigure(f"{outcome}-ranking", f"Ranking accuracy: {_said(outcome)}", (panel,), _joined(caption))
+    return VerdictFigure(f"{outcome}-ranking", f"Ranking accuracy: {said(outcome)}", (panel,), joined(caption))
 
 
 def courses_of(assessment: Assessment, outcome: str) -> list[Course]:
@@ -334,14 +334,14 @@ def side_by_side_figure(assessment: Assessment, outcome: str) -> VerdictFigure |
         "Dots and whiskers: means over the runs of a configuration that have both, and their 95 % Student-t intervals; the "
         "change is that of each "
         "run, so its interval may exclude 0 where the two others overlap. Above 0, plasticity was gained.",
-        _left_out(len(found), len(shown), "configurations"),
+        left_out(len(found), len(shown), "configurations"),
     ]
     panels = (
         Forest("at the first and the last task", axis, labels, ends, beside=True),
         Forest("change from first to last", axis, labels, change, notes=notes, reference=0.0),
     )
     return VerdictFigure(
-        f"{outcome}-configurations", f"Configurations side by side: {_said(outcome)}", panels, _joined(caption)
+        f"{outcome}-configurations", f"Configurations side by side: {said(outcome)}", panels, joined(caption)
     )
 
 
@@ -387,7 +387,8 @@ def _at(evidence: Evidence, lead: int) -> Interval:
     return evidence.leads.get(lead, UNKNOWN)
 
 
-def _columns(found: Sequence[Interval]) -> tuple[Numbers, Numbers, Numbers]:
+def columns(found: Sequence[Interval]) -> tuple[Numbers, Numbers, Numbers]:
+    """Estimates, lower and upper ends of their 95 % intervals, each of shape (n,)."""
     table = np.array([(e.value, e.low, e.high) for e in found], dtype=float).reshape(-1, 3)
     return table[:, 0], table[:, 1], table[:, 2]
 
@@ -421,15 +422,18 @@ def _spread_over(assessment: Assessment) -> list[int]:
     return [int(run) for group in groups for run in group[:each]]
 
 
-def _what(outcome: str) -> str:
+def what(outcome: str) -> str:
+    """The outcome with what it is, as a noun phrase."""
     return f"the outcome ({OUTCOME_WORDS[outcome].what})"
 
 
-def _said(outcome: str) -> str:
+def said(outcome: str) -> str:
+    """The outcome's name in words."""
     return outcome.replace("_", " ")
 
 
-def _left_out(known: int, shown: int, what: str = "predictors") -> str:
+def left_out(known: int, shown: int, what: str = "predictors") -> str:
+    """How many of them a figure shows, as a sentence; empty where it is all."""
     return "" if known == shown else f"The first {shown} of {known} {what} are drawn; the tables have all."
 
 
@@ -442,5 +446,6 @@ def _unassessed(judged: Sequence[Judged]) -> str:
     )
 
 
-def _joined(parts: Iterable[str]) -> str:
+def joined(parts: Iterable[str]) -> str:
+    """Sentences as one text; empty ones are left out."""
     return " ".join(filter(None, parts))

@@ -101,11 +101,13 @@ def assessed(aligned: Aligned, seed: int, spread: Map) -> Assessment:
     judged: dict[str, Any] = {}
     dull: dict[str, Any] = {}
     over: dict[str, Any] = {}
+    sweeps: dict[str, Any] = {}
     for found in spread(_assess, parts):
         judged.update(found.judged)
         dull.update(found.dull)
         over.update(found.over_rivals)
-    return Assessment(aligned, judged, dull, over, seed)
+        sweeps.update(found.sweeps)
+    return Assessment(aligned, judged, dull, over, sweeps, seed)
 
 
 def drawn(figures: Sequence[Drawable], spread: Map) -> Iterator[Drawn]:
