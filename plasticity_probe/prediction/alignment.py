@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -18,6 +19,10 @@ from plasticity_probe.training.outcomes import OK, Outcome
 REMEDIED = "_remedied"
 """How the name of a checkpoint ends that holds the weights after a remedy."""
 Place = tuple[str, int]
+SAME = 1e-9
+"""Numbers that differ by less, relative to themselves, differ by rounding (our choice: that of float32 networks measured in other batches is
+larger, and then both stay)."""
+_DATA = re.compile(" on (next|current|noise)$")
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +47,8 @@ def align(rows: Iterable[Row], *, layers: bool = False) -> Aligned:
 
     Of several checkpoints of a run and task the one at the task's first step counts, and of two at that step the one that a remedy made.
     Rows whose status is not ok, and infinite numbers, count as missing. A predictor is named "label.quantity", with " on current", " on
-    next" or " on noise" behind it where the rows differ in the data they were measured on. What a probe measures layer by layer, or tensor by
+    next" or " on noise" behind it where the rows differ in the data they were measured on; one that is the same on several of them (features,
+    where tasks share their inputs) counts once. What a probe measures layer by layer, or tensor by
     tensor, enters as the summary that its tables show, and with `layers` also as "label.quantity[layer]" for each.
 
     Args:
@@ -73,8 +79,11 @@ def align(rows: Iterable[Row], *, layers: bool = False) -> Aligned:
                 )
     outcomes = {name: _table(shape, at_run, read(found)) for name, read in OUTCOMES_OF.items()}
     outcomes = {name: values for name, values in outcomes.items() if not np.isnan(values).all()}
-    panel = Panel(names, of_run, runs, tuple(range(shape[1])), predictors, outcomes)
-    return Aligned(panel, meanings, _notes(found, measured, early, infinite), _sweeps(starts, shape, at_run, several))
+    same = _repeated(predictors)
+    kept = {name: values for name, values in predictors.items() if name not in same}
+    panel = Panel(names, of_run, runs, tuple(range(shape[1])), kept, outcomes)
+    swept_over = tuple(sweep for sweep in _sweeps(starts, shape, at_run, several) if sweep.quantity not in same)
+    return Aligned(panel, meanings, _notes(found, measured, early, infinite, same), swept_over)
 
 
 def oriented(outcomes: Sequence[Outcome], name: str) -> dict[int, float]:
@@ -219,6 +228,24 @@ def _numbers(row: Row, several: bool, layers: bool) -> Iterable[tuple[str, str, 
             yield f"{row.probe}.{name}{which}{on}", meaning, value if row.status == "ok" else math.nan
 
 
+def _repeated(predictors: Mapping[str, Numbers]) -> dict[str, str]:
+    """Predictors that are the same numbers on other data, wherever both were measured, and for each the one with the most places, that on the
+    next task first."""
+    by_quantity: dict[str, list[str]] = {}
+    for name in predictors:
+        by_quantity.setdefault(_DATA.sub("", name), []).append(name)
+    found: dict[str, str] = {}
+    for own in by_quantity.values():
+        own.sort(key=lambda name: (-int(np.count_nonzero(~np.isnan(predictors[name]))), not name.endswith(" on next")))
+        for at, name in enumerate(own):
+            for kept in (other for other in own[:at] if other not in found):
+                both = ~np.isnan(predictors[name]) & ~np.isnan(predictors[kept])
+                if both.any() and np.allclose(predictors[name][both], predictors[kept][both], rtol=SAME, atol=0):
+                    found[name] = kept
+                    break
+    return found
+
+
 def _sweeps(
     starts: Mapping[Place, Sequence[Row]], shape: tuple[int, int], at_run: Mapping[str, int], several: bool
 ) -> tuple[Sweep, ...]:
@@ -243,9 +270,18 @@ def _table(shape: tuple[int, int], at_run: Mapping[str, int], values: Mapping[Pl
 
 
 def _notes(
-    found: Mapping[str, Sequence[Outcome]], measured: Sequence[Row], lacking: int, infinite: int
+    found: Mapping[str, Sequence[Outcome]],
+    measured: Sequence[Row],
+    lacking: int,
+    infinite: int,
+    same: Mapping[str, str],
 ) -> tuple[str, ...]:
     notes: list[str] = []
+    if same:
+        first, kept = next(iter(same.items()))
+        notes.append(
+            f"{len(same)} predictors are the same numbers as others, on other data, and count once ({first} is {kept}, for one)"
+        )
     if without := {row.run for row in measured} - set(found):
         notes.append(
             f"{len(without)} runs have no outcomes; measure the run folders that `probe train` wrote, which keep theirs"

@@ -119,6 +119,25 @@ def test_each_layer_is_a_predictor_where_asked_for_and_none_stands_twice() -> No
     assert found.meanings["fisher_rank.width[last]"] == "a rank (last)"
 
 
+def test_what_is_the_same_on_other_data_counts_once() -> None:
+    def on(data: str, task: int, same: float, other: float) -> Row:
+        variables = {name: Variable((), np.array(value), ATTRS) for name, value in (("same", same), ("other", other))}
+        settings = json.dumps({"run_sha256": "s", "on": data})
+        return replace(measured(0, task, 0.0), variables=variables, settings=settings)
+
+    rows = [on("current", 1, 5.0, 8.0), on("next", 0, 4.0, 6.0), on("next", 1, 5.0, 7.0)]
+    found = align(rows + told([outcome(0, 0), outcome(0, 1)]))
+    assert {name: values.tolist()[0] for name, values in found.panel.predictors.items()} == {
+        "fisher_rank.other on current": pytest.approx([NAN, 8], nan_ok=True),
+        "fisher_rank.same on next": [4, 5],
+        "fisher_rank.other on next": [6, 7],
+    }
+    assert found.notes == (
+        "1 predictors are the same numbers as others, on other data, and count once "
+        "(fisher_rank.same on current is fisher_rank.same on next, for one)",
+    )
+
+
 def test_measurements_that_did_not_end_well_are_missing() -> None:
     rows = [measured(0, 0, 1.0), measured(0, 1, 2.0, status="not_converged", message="why")]
     found = align(rows + told([outcome(0, 0), outcome(0, 1)]))
