@@ -40,7 +40,7 @@ WITHIN = {
     "study": {"material", "run_tasks"},
     "run_tasks": {"material"},
     "analysis": {"comparison", "planning", "run_tasks", "study"},
-    "demonstration": {"analysis", "comparison", "study"},
+    "demonstration": {"analysis", "prediction", "study"},
     "prediction": {"comparison"},
     "example_memorization": {"prediction", "run_tasks"},
     "references": {"errors"},

@@ -24,6 +24,12 @@ SAYS = {
         "| input-loss curvature | 1 | 1009 |",
         "Surely memorised",
     ],
+    "does_readiness_rank": [
+        "| optimization readiness |",
+        "| 0.987 / 0.988 / 0.977 |",
+        "| Hessian effective rank |",
+        "low loss with Adam",
+    ],
     "watch_a_run": ["rank of the Fisher before it", "threshold rank"],
 }
 

@@ -229,8 +229,7 @@ def _numbers(row: Row, several: bool, layers: bool) -> Iterable[tuple[str, str, 
 
 
 def _repeated(predictors: Mapping[str, Numbers]) -> dict[str, str]:
-    """Predictors that are the same numbers on other data, wherever both were measured, and for each the one with the most places, that on the
-    next task first."""
+    """Predictors that are the same numbers on other data, wherever both are known; for each the one kept, with most places, or on next."""
     by_quantity: dict[str, list[str]] = {}
     for name in predictors:
         by_quantity.setdefault(_DATA.sub("", name), []).append(name)
