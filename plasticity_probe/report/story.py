@@ -12,7 +12,7 @@ from plasticity_probe.prediction.assessment import Assessment
 from plasticity_probe.prediction.association import FEWEST_RUNS, FEWEST_TASKS
 from plasticity_probe.prediction.resampling import DRAWS, EXCHANGES
 from plasticity_probe.prediction.verdict import LEADS, LEVEL, MISSING, SMALLEST, Judged, Verdict
-from plasticity_probe.report.verdicts import OUTCOME_WORDS, number_of, percent, probability, ranked
+from plasticity_probe.report.verdicts import OUTCOME_WORDS, number_of, percent, probability, probe_of, ranked
 from plasticity_probe.report.wording import counted, plain
 from plasticity_probe.trace.layout import Row
 from plasticity_probe.trace.outcome_rows import OUTCOMES
@@ -26,6 +26,8 @@ SYMBOLS: Mapping[Verdict, str] = {
     Verdict.NOT_ASSESSED: "–",
 }
 """The mark of each verdict, as in the figures."""
+CURVATURE = ("hessian_spectrum", "fisher_rank")
+"""Labels of the probes that measure curvature."""
 _COUNTED: Mapping[Verdict, tuple[str, str]] = {
     Verdict.PREDICTS: ("predicts it", "predict it"),
     Verdict.ACCOMPANIES: ("accompanies it only", "accompany it only"),
@@ -297,7 +299,21 @@ def _of_outcome(outcome: str, judged: Sequence[Judged]) -> tuple[str, str]:
         f"a gain of {percent(e.gain.value)} [{percent(e.gain.low)}, {percent(e.gain.high)}] of the squared error on left-out runs"
     )
     verdict = "" if shown else f"; verdict: {best.verdict}"
-    return title, f"{head} {lead} {plain(e.predictor)}: {numbers}{verdict}.{_needed(best)}"
+    return title, f"{head} {lead} {plain(e.predictor)}: {numbers}{verdict}.{_needed(best)}{_of_curvature(assessed)}"
+
+
+def _of_curvature(assessed: Sequence[Judged]) -> str:
+    """The same for the ranks and the spectrum of curvature alone: whether their collapse foretells anything is what is asked most."""
+    own = [j for j in assessed if probe_of(j.evidence) in CURVATURE]
+    if not own or len(own) == len(assessed):
+        return ""
+    counts = Counter(j.verdict for j in own)
+    listed = _listed([f"{counts[v]} {_COUNTED[v][counts[v] > 1]}" for v in Verdict if counts[v]])
+    top = max(own, key=lambda j: abs(_or_zero(j.evidence.association.estimate.value)))
+    return (
+        f" Of its {counted(len(own), 'measure')} of curvature, {listed}; the largest association is that of {plain(top.evidence.predictor)}, "
+        f"{number_of(top.evidence.association.estimate)}."
+    )
 
 
 def _needed(best: Judged) -> str:
