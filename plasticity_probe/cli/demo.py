@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from plasticity_probe.cli.report import show_report
-from plasticity_probe.cli.terminal import console, plain, progress, reported
+from plasticity_probe.cli.terminal import console, plain, print_whole, progress, reported
 
 if TYPE_CHECKING:
     from plasticity_probe.demonstration import Demonstration
@@ -65,20 +65,22 @@ def show_demonstration(shown: "Demonstration") -> None:
     """
     from rich.table import Table
 
+    from plasticity_probe.report.wording import counted
+
     out = console()
     runs, tasks = shown.courses[0].first.count, len(shown.courses[0].by_task)
-    out.print(
-        f"[bold]Training accuracy at the end of a task [%][/bold]: means of {runs} runs with their 95 % intervals"
-    )
+    title = f"Training accuracy at the end of a task [%], mean over {counted(runs, 'run')}"
+    out.print(plain(title + (" ± 95 % interval" if runs > 1 else "")), soft_wrap=True)
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("configuration", no_wrap=True)
     table.add_column(f"tasks 1 to {tasks}", no_wrap=True)
-    for name in ("first task", "last task", "fresh network, last task"):
+    for name in ("first task", "last task", "fresh"):
         table.add_column(name, justify="right", no_wrap=True)
     for course in shown.courses:
         means = (course.first, course.last, course.fresh)
         table.add_row(plain(course.name), marks(course.by_task), *map(percent, means))
-    out.print(table)
+    print_whole(out, table)
+    out.print("fresh: newly initialised networks, trained on the last task alone in the same way", soft_wrap=True)
     out.print()
     for sentence in shown.findings:
         out.print(plain(f"• {sentence}"), soft_wrap=True)

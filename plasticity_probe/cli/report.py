@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from plasticity_probe.cli.terminal import console, plain, progress, reported
+from plasticity_probe.cli.terminal import console, plain, print_whole, progress, reported
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -73,10 +73,7 @@ def show_report(found: "Report", as_json: bool) -> None:
 
     out = console()
     for table in verdict_tables(found.assessment):
-        # Numbers are never cut: a table wider than the terminal runs on.
-        unbounded = out.options.update(max_width=10_000)
-        out.width = max(out.width, out.measure(table, options=unbounded).maximum)
-        out.print(table)
+        print_whole(out, table)
         out.print()
     for name, sentence in answer(found.assessment):
         out.print(plain(f"• {name} {sentence}" if name else f"• {sentence}"), soft_wrap=True)

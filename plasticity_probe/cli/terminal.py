@@ -10,6 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
     from rich.text import Text
 
 P = ParamSpec("P")
@@ -55,6 +56,18 @@ def console() -> "Console":
 
     made = Console(highlight=False)
     return made if made.is_terminal else Console(highlight=False, width=max(made.width, 120))
+
+
+def print_whole(out: "Console", table: "Table") -> None:
+    """Prints a table whose numbers are never cut: one that is wider than the terminal runs on.
+
+    Args:
+        out: The console.
+        table: The table.
+    """
+    unbounded = out.options.update(max_width=10_000)
+    out.width = max(out.width, out.measure(table, options=unbounded).maximum)
+    out.print(table)
 
 
 def plain(text: str, style: str = "") -> "Text":
