@@ -18,9 +18,14 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import torch
+from scipy.stats import t as student
 
 from plasticity_probe.analysis import analyze
+from plasticity_probe.prediction.assessment import Assessment
+from plasticity_probe.prediction.association import Association
+from plasticity_probe.prediction.verdict import Evidence
 from plasticity_probe.probes.norms import GradientNormsProbe
 from plasticity_probe.probes.spectrum import HessianSpectrum
 from plasticity_probe.report.document import write_report
@@ -46,6 +51,21 @@ STUDIES = {
 }
 """Protocols, and what makes them small enough for two cores."""
 QUICK = ("fisher_rank", "feature_rank", "weight_norms")
+EXPLANATIONS = {
+    "Hessian: effective rank": "hessian_spectrum.effective_rank",
+    "Hessian: threshold rank": "hessian_spectrum.threshold_rank",
+    "Hessian: largest eigenvalue": "hessian_spectrum.top",
+    "empirical Fisher: threshold rank": "fisher_rank.threshold_rank",
+    "features: threshold rank": "feature_rank.threshold_rank",
+    "dead units, share": "dead_units.total_dead_fraction",
+    "dormant units, share": "dead_units.total_dormant_fraction",
+    "saturated units, share": "dead_units.total_saturated_fraction",
+    "weight norm": "weight_norms.total_l2",
+    "distance from the initial weights": "weight_norms.total_distance",
+    "gradient norm": "gradient_norms.total_l2",
+    "optimization readiness": "readiness.optimization_readiness",
+}
+"""What loss of plasticity was explained by, and the quantity that measures it (Lewandowski et al. 2023 and those they answer)."""
 ELSEWHERE = ("fisher_rank", "feature_rank", "dead_units", "readiness", "performance")
 """Probes of other data than the next task: those that depend on the data and need no search for eigenvalues."""
 SEARCH = {"k": 5, "tol": 1e-2, "max_products": 1000}
@@ -87,6 +107,40 @@ def chosen(given: argparse.Namespace, on: str) -> dict:
     return {**probes, "hessian_spectrum": HessianSpectrum(**search), "gradient_norms": GradientNormsProbe(**search)}
 
 
+def explanations(assessment: Assessment, names: list[str]) -> list[str]:
+    """What the explanations of Lewandowski et al. 2023 and of those they answer do in each configuration, as a table.
+
+    A cell holds the mean before the first and before the last task; the rank correlation with the outcome over the tasks of a run; and that
+    at equal task and history between runs. A star: the 95 % interval over runs excludes 0.
+    """
+    panel = assessment.aligned.panel
+    outcome, judged = next(iter(assessment.judged.items()))
+    by_name = {j.evidence.predictor: j.evidence for j in judged}
+    at = [panel.configurations.index(name) for name in names]
+    lines = [f"| before tasks, beside {outcome} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for words, quantity in EXPLANATIONS.items():
+        name = next((each for each in (quantity, f"{quantity} on next") if each in by_name), None)
+        if name is not None:
+            cells = (_cell(by_name[name], panel.predictors[name][panel.groups[each]], each) for each in at)
+            lines.append(f"| {words} | {' | '.join(cells)} |")
+    return lines
+
+
+def _cell(evidence: Evidence, values: np.ndarray, configuration: int) -> str:
+    known = np.flatnonzero(~np.isnan(values).all(axis=0))
+    if not known.size:
+        return "–"
+    first, last = (float(np.nanmean(values[:, task])) for task in (known[0], known[-1]))
+    return f"{first:.3g} → {last:.3g}; {_starred(evidence.together, configuration)}; {_starred(evidence.association, configuration)}"
+
+
+def _starred(found: Association, configuration: int) -> str:
+    for at, value, error, runs in zip(found.configurations, found.values, found.errors, found.runs, strict=True):
+        if at == configuration:
+            return f"{value:+.2f}{'*' if abs(value) > student.isf(0.025, runs - 1) * error else ''}"
+    return "–"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--study", choices=STUDIES, default="digits")
@@ -101,6 +155,7 @@ def main() -> None:
     )
     parser.add_argument("--on", nargs="+", choices=("next", "current", "noise"), default=["next"])
     parser.add_argument("--spectrum-examples", type=int, default=128, help="examples that the Hessian is measured on")
+    parser.add_argument("--layers", action="store_true", help="judge each layer's numbers too")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=Path("runs/does-curvature-predict"))
     given = parser.parse_args()
@@ -108,10 +163,17 @@ def main() -> None:
     settings = [(activation, remedy) for activation in given.activations for remedy in given.remedies]
     with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as workers:
         traces = list(workers.map(study, [given] * len(settings), *zip(*settings, strict=True)))
-    report = write_report([trace for of_setting in traces for trace in of_setting], given.out / f"{given.study}-report")
+    report = write_report(
+        [trace for of_setting in traces for trace in of_setting],
+        given.out / f"{given.study}-report",
+        layers=given.layers,
+        processes=given.jobs,
+    )
     for judged in report.assessment.judged.values():
         for j in judged:
             print(f"{j.verdict}: {j.text}")
+    if plain := [name for name in report.assessment.aligned.panel.configurations if name.endswith("-none")]:
+        print("\n".join(explanations(report.assessment, plain)))
     print(f"report: {report.page}")
 
 

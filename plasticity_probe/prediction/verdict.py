@@ -305,8 +305,10 @@ def _text(
         f"(q = {_p(levels[0])}, {runs} runs of {_counted(configurations, 'configuration')})."
     ]
     if configurations < len(panel.configurations):
-        others, all_ = len(panel.configurations) - configurations, len(panel.configurations)
-        said.append(f"The other {others} of {all_} configurations do not count: there it is missing or does not vary.")
+        without = len(panel.configurations) - configurations
+        said.append(
+            f"Configurations that do not count, because there it is missing or does not vary: {without} of {len(panel.configurations)}."
+        )
     if verdict is Verdict.REFUTED:
         which, values = ("at equal task and history", a) if levels[2] <= LEVEL else ("over the tasks of a run", t)
         flip = levels[2] if levels[2] <= LEVEL else levels[3]

@@ -193,7 +193,7 @@ def test_a_predictor_that_some_configurations_lack_is_judged_by_the_others() -> 
     assert found.evidence.association.configurations.tolist() == [0, 2]
     assert found.evidence.association.estimate == alone.evidence.association.estimate
     assert found.verdict is Verdict.PREDICTS
-    assert "The other 2 of 4 configurations do not count" in found.text
+    assert "because there it is missing or does not vary: 2 of 4." in found.text
 
 
 def test_a_predictor_of_one_run_alone_is_missing_in_its_configuration() -> None:
