@@ -261,11 +261,13 @@ def _outcome(
     assessment: Assessment, outcome: str, figures: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> dict[str, Any]:
     judged = ranked(assessment.judged[outcome])
+    assessed = any(j.verdict is not Verdict.NOT_ASSESSED for j in judged)
     return {
         "id": outcome,
         "name": outcome.replace("_", " "),
         "what": OUTCOME_WORDS[outcome].what,
-        "verdicts": [_line(assessment, outcome, j) for j in judged],
+        "verdicts": [_line(assessment, outcome, j) for j in judged] if assessed else [],
+        "nothing": "" if assessed else story.reasons(judged),
         "dull": [_dull(e) for e in assessment.dull[outcome]],
         "figures": {part: figures.get(f"{outcome} {part}", ()) for part in PARTS},
         "courses": [

@@ -116,6 +116,16 @@ def answer(assessment: Assessment) -> list[tuple[str, str]]:
     return [_of_outcome(outcome, judged) for outcome, judged in assessment.judged.items()]
 
 
+def reasons(judged: Sequence[Judged]) -> str:
+    """Why predictors could not be assessed, the most frequent reason first.
+
+    Args:
+        judged: The verdicts on all predictors of an outcome.
+    """
+    found = Counter(j.evidence.reason for j in judged if j.verdict is Verdict.NOT_ASSESSED).most_common()
+    return "; ".join(f"{counted(count, 'predictor')}: {plain(reason)}" for reason, count in found)
+
+
 def settings(rows: Sequence[Row], assessment: Assessment) -> list[Setting]:
     """The configurations of a study.
 

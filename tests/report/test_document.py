@@ -161,6 +161,7 @@ def test_a_single_run_is_not_judged(tmp_path: Path) -> None:
     assert not report.ok
     text = page(report).text
     assert "could not be assessed" in text
+    assert "No predictor could be assessed." in text
     assert "at least 5 runs of a configuration are needed, there are at most 1" in text
     assert "predicts it" not in text
 
