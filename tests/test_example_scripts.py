@@ -28,7 +28,7 @@ SAYS = {
         "| optimization readiness |",
         "| 0.987 / 0.988 / 0.977 |",
         "| Hessian effective rank |",
-        "low loss with Adam",
+        "low loss in the end",
     ],
     "watch_a_run": ["rank of the Fisher before it", "threshold rank"],
 }
