@@ -36,6 +36,10 @@ def report(
     as_json: Annotated[bool, Option("--json", help="Print one JSON object instead of the table.")] = False,
     quiet: Annotated[bool, Option("--quiet", help="No progress bar.")] = False,
     seed: Annotated[int, Option(help="Seed of every random draw of the statistics.")] = 0,
+    page_only: Annotated[
+        bool,
+        Option("--page-only", help="Write index.html and verdict.json alone, without figures and tables as files."),
+    ] = False,
     layers: Annotated[
         bool, Option("--layers", help="Judge each layer's numbers too, beside the summaries over layers.")
     ] = False,
@@ -52,7 +56,9 @@ def report(
     from plasticity_probe.report.work import processors
 
     with progress(quiet) as tell:
-        found = write_report(traces, out, seed=seed, layers=layers, processes=processors(), progress=tell)
+        found = write_report(
+            traces, out, seed=seed, layers=layers, page_only=page_only, processes=processors(), progress=tell
+        )
     show_report(found, as_json)
     if not found.ok:
         raise typer.Exit(3)
@@ -82,7 +88,8 @@ def show_report(found: "Report", as_json: bool) -> None:
     figures = sum(name.startswith("figures/") for name in found.files)
     tables = sum(name.startswith("tables/") for name in found.files)
     out.print(plain(f"Report: {found.page}"), soft_wrap=True)
-    out.print(plain(f"Beside it: verdict.json, {figures} files in figures, {tables} in tables"), soft_wrap=True)
+    others = f", {figures} files in figures, {tables} in tables" if figures or tables else ""
+    out.print(plain(f"Beside it: verdict.json{others}"), soft_wrap=True)
 
 
 def verdict_tables(assessment: "Assessment") -> "list[Table]":

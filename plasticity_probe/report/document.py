@@ -117,6 +117,7 @@ def write_report(
     *,
     seed: int = 0,
     layers: bool = False,
+    page_only: bool = False,
     processes: int = 1,
     progress: Progress = lambda *_: None,
 ) -> Report:
@@ -127,6 +128,7 @@ def write_report(
         out: The folder; a new or empty one, or that of an older report, which is replaced.
         seed: Seed of every random draw of the statistics.
         layers: Whether each layer's numbers are predictors of their own, beside the summaries over layers.
+        page_only: Whether to write the page and the verdicts alone, without figures and tables as files beside them.
         processes: How many processes share the work; with more than one, the caller's program must be one that may be imported.
         progress: Called with what is done, how much there is and what is being done.
 
@@ -157,8 +159,8 @@ def write_report(
             rendered.append(done)
             progress(len(rendered), len(wanted), "drawing figures")
     stems = file_names(figure.name for figure in wanted)
-    files = _files(stems, rendered, tables(assessment))
-    shown = iter([_shown(*part) for part in zip(stems, wanted, rendered, strict=True)])
+    files = {} if page_only else _files(stems, rendered, tables(assessment))
+    shown = iter([_shown(*part, linked=not page_only) for part in zip(stems, wanted, rendered, strict=True)])
     figures = {section.key: [next(shown) for _ in section.figures] for section in sections}
     page = page_of(rows, assessment, figures, list(files), paths)
     told = {**assessment.to_dict(), "traces": [plain(path) for path in paths], "files": sorted(files)}
@@ -342,16 +344,15 @@ def _files(stems: Iterable[str], rendered: Iterable[Drawn], found: Iterable[Tabl
     return files | {f"tables/{table.name}.csv": as_csv(table) for table in found}
 
 
-def _shown(stem: str, figure: Drawable, drawing: Drawn) -> dict[str, Any]:
-    """What the page needs of a figure."""
+def _shown(stem: str, figure: Drawable, drawing: Drawn, *, linked: bool) -> dict[str, Any]:
+    """What the page needs of a figure, with links to its files where there are any."""
     return {
         "source": Markup("data:image/png;base64,") + Markup(base64.b64encode(drawing.picture).decode()),
         "width": round(drawing.width * CSS_DPI / DPI),
         "height": round(drawing.height * CSS_DPI / DPI),
         "title": figure.title,
         "caption": figure.caption,
-        "png": f"figures/{stem}.png",
-        "pdf": f"figures/{stem}.pdf",
+        "files": {name: f"figures/{stem}.{name.lower()}" for name in ("PNG", "PDF")} if linked else {},
     }
 
 

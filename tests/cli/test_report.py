@@ -51,6 +51,27 @@ def test_json_is_one_versioned_object_with_paths(cli, trace: Path, tmp_path: Pat
     assert told["outcomes"]["trainability"]["verdicts"][0]["verdict"] == "predicts"
 
 
+def test_the_page_may_come_alone_and_then_links_to_nothing_that_is_not_there(cli, trace: Path, tmp_path: Path) -> None:
+    assert cli("report", trace, "-o", tmp_path / "out", "--quiet", "--page-only").code == 0
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*") if path.is_file()) == [
+        "index.html",
+        "verdict.json",
+    ]
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "figures/" not in page
+    assert ".csv" not in page
+    assert 'href="verdict.json"' in page
+
+
+def test_layers_are_judged_where_asked_for(cli, trace: Path, tmp_path: Path) -> None:
+    names = []
+    for extra in ([], ["--layers"]):
+        ended = cli("report", trace, "-o", tmp_path / "out", "--json", "--quiet", *extra)
+        names.append([v["predictor"] for v in json.loads(ended.out)["outcomes"]["trainability"]["verdicts"]])
+    assert set(names[0]) == {"fisher.rank", "norms.weight"}
+    assert {"fisher.by_layer[fc1]", "norms.by_layer[fc2]"} <= set(names[1])
+
+
 def test_the_default_folder_is_called_report(cli, trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert cli("report", trace, "--quiet").code == 0
