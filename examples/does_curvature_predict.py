@@ -23,6 +23,7 @@ import torch
 from scipy.stats import t as student
 
 from plasticity_probe.analysis import analyze
+from plasticity_probe.comparison import number
 from plasticity_probe.prediction.assessment import Assessment
 from plasticity_probe.prediction.association import Association
 from plasticity_probe.prediction.verdict import Evidence
@@ -131,7 +132,7 @@ def _cell(evidence: Evidence, values: np.ndarray, configuration: int) -> str:
     if not known.size:
         return "–"
     first, last = (float(np.nanmean(values[:, task])) for task in (known[0], known[-1]))
-    return f"{first:.3g} → {last:.3g}; {_starred(evidence.together, configuration)}; {_starred(evidence.association, configuration)}"
+    return f"{number(first)} → {number(last)}; {_starred(evidence.together, configuration)}; {_starred(evidence.association, configuration)}"
 
 
 def _starred(found: Association, configuration: int) -> str:
