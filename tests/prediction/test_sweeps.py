@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hand_made_rows import NAN, measured, outcome, told
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,9 +14,6 @@ from plasticity_probe.linalg import ranks
 from plasticity_probe.prediction.alignment import align
 from plasticity_probe.prediction.sweeps import DELTAS, EPSILONS, swept, threshold_rank
 from plasticity_probe.trace.layout import Row, Variable
-from tests.prediction.test_alignment import measured, outcome, told
-
-NAN = float("nan")
 
 
 def holding(**arrays: tuple[tuple[str, ...], object]) -> Row:
