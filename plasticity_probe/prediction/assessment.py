@@ -231,16 +231,27 @@ def _over_rivals(aligned: Aligned, outcome: str, judged: Sequence[Judged], seed:
     values = panel.outcomes[outcome]
     found: dict[str, OverRival] = {}
     for name, gain in gains.items():
-        rivals = {other: value for other, value in gains.items() if _probe(other) != _probe(name)}
         if gain <= 0:
             continue
+        own = panel.predictors[name]
+        rivals = {
+            other: value
+            for other, value in gains.items()
+            if _probe(other) != _probe(name) and _shared(own, panel.predictors[other]) >= 1 - MISSING
+        }
         if not rivals:
             found[name] = OverRival("", UNKNOWN)
             continue
         best = max(rivals, key=lambda other: rivals[other])
         known = np.concatenate([history(values), panel.predictors[best][None]])
-        found[name] = OverRival(best, gain_on_runs(panel, panel.predictors[name], values, known, seed))
+        found[name] = OverRival(best, gain_on_runs(panel, own, values, known, seed))
     return found
+
+
+def _shared(predictor: Numbers, rival: Numbers) -> float:
+    """Share of a predictor's places at which a rival is known too; one that lives elsewhere is no rival."""
+    known = ~np.isnan(predictor)
+    return float(np.mean(~np.isnan(rival[known]))) if known.any() else 0.0
 
 
 def _probe(predictor: str) -> str:

@@ -63,6 +63,24 @@ def test_a_rival_of_another_probe_takes_what_it_knows(found: Assessment) -> None
     assert 0 < over["rank.value"].gain.value < gains["rank.value"]
 
 
+def test_a_predictor_that_lives_elsewhere_is_no_rival() -> None:
+    x, y = linked(0.6)(np.random.default_rng(0), 2, 10, 15)
+    first = np.arange(20)[:, None] < 10
+    noisy = x + 2 * np.random.default_rng(2).standard_normal(x.shape)
+    panel = Panel(
+        ("relu", "tanh"),
+        np.repeat(np.arange(2), 10),
+        tuple(f"run {r}" for r in range(20)),
+        tuple(range(15)),
+        {"here.value": np.where(first, x, np.nan), "there.value": np.where(first, np.nan, x), "both.value": noisy},
+        {"trainability": y},
+    )
+    over = assess_aligned(Aligned(panel, {}, ())).over_rivals["trainability"]
+    assert over["here.value"].rival == "both.value"
+    assert over["there.value"].rival == "both.value"
+    assert over["both.value"].rival in ("here.value", "there.value")
+
+
 def test_the_dictionary_is_plain_json_with_the_rules(found: Assessment) -> None:
     told = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert told["schema"] == "plasticity_probe.verdict/1"
