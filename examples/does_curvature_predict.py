@@ -1,7 +1,7 @@
 """Does a collapse of curvature come before a network stops learning, and do its rivals do better? Trains, measures and judges a study.
 
 Run it with `python examples/does_curvature_predict.py`: two activations, five seeds and five tasks on the digits, with three quick probes; it
-takes half a minute, and its report says that these are too few runs to settle much. The studies of docs/findings.md take about an hour each on
+takes about a minute, and its report says that these are too few runs to settle much. The studies of docs/findings.md take about an hour each on
 one core; STUDY is one of digits, mnist, regression and warm-start:
 
     python examples/does_curvature_predict.py --study STUDY --seeds 20 --tasks 15 --epochs 0 --probes all --on next current noise

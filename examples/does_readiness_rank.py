@@ -1,7 +1,7 @@
 """Which measurement ranks the checkpoints of a run by how well they will learn a task that they never saw?
 
 Wang et al. 2026 (arXiv 2605.09044) rank checkpoints by optimization readiness on Slowly-Changing Regression. Run it with
-`python examples/does_readiness_rank.py`: three runs of twenty short tasks, ten seconds. The numbers of docs/findings.md take about twelve
+`python examples/does_readiness_rank.py`: three runs of twenty short tasks, ten seconds. The numbers of docs/findings.md take about thirteen
 minutes of one core:
 
     python examples/does_readiness_rank.py --seeds 20 --tasks 500 --examples 1000 --held-out 10 --rollouts 128

@@ -82,8 +82,10 @@ def align(rows: Iterable[Row], *, layers: bool = False) -> Aligned:
     same = _repeated(predictors)
     kept = {name: values for name, values in predictors.items() if name not in same}
     panel = Panel(names, of_run, runs, tuple(range(shape[1])), kept, outcomes)
-    swept_over = tuple(sweep for sweep in _sweeps(starts, shape, at_run, several) if sweep.quantity not in same)
-    return Aligned(panel, meanings, _notes(found, measured, early, infinite, same), swept_over)
+    sweeps = _sweeps(starts, shape, at_run, several)
+    twice = _repeated({sweep.quantity: sweep.values for sweep in sweeps})
+    kept_sweeps = tuple(sweep for sweep in sweeps if sweep.quantity not in twice)
+    return Aligned(panel, meanings, _notes(found, measured, early, infinite, same), kept_sweeps)
 
 
 def oriented(outcomes: Sequence[Outcome], name: str) -> dict[int, float]:

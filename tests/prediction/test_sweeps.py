@@ -90,3 +90,15 @@ def test_a_study_keeps_its_sweeps_by_run_and_task() -> None:
     assert found.thresholds == DELTAS
     assert found.values.shape == (6, 1, 3)
     assert found.values[-1, 0].tolist() == pytest.approx([2, 2, NAN], nan_ok=True)
+
+
+def test_a_sweep_that_is_the_same_on_other_data_stands_once() -> None:
+    def on(data: str, least: float) -> Row:
+        row = holding(eigenvalues=(("index",), [6, 3, least]), threshold_rank=((), 3))
+        return replace(row, settings=json.dumps({"run_sha256": "s", "on": data}))
+
+    told_of = told([outcome(0, 0)])
+    assert [s.quantity for s in align([on("noise", 1), on("next", 1), *told_of]).sweeps] == [
+        "fisher_rank.threshold_rank on next"
+    ]
+    assert len(align([on("noise", 0.001), on("next", 1), *told_of]).sweeps) == 2
